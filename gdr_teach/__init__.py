@@ -1,0 +1,48 @@
+"""The generalized delta rule, from "what is S_t?" to its kernels.
+
+    S_t = exp(log_decay_t) S_{t-1} + b_t (a_t^T S_{t-1}) + k_t v_t^T          o_t = scale * S_t^T q_t
+
+Reading order:
+
+1. `notation`     the letters, the shapes, what an operator returns
+2. `memory`       chapter 1: the state as an associative memory, written without erasing
+3. `delta`        chapter 2: `reference` (plain PyTorch), `recurrent` (Triton), `op` (what you call)
+4. `runtime`      one kernel source: interpreted for CPU tensors, compiled for GPU tensors
+5. `sanitizer`    what a kernel may read and write, checked address by address
+6. `testing`      the float64 oracle, the hard inputs, the one comparison
+
+Nothing is imported before it is used: `import gdr_teach` needs neither torch nor triton.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .arguments import value_checks as value_checks
+    from .delta.op import delta_rule as delta_rule
+    from .explain import explain as explain
+    from .notation import Output as Output
+    from .notation import Path as Path
+
+__version__ = "0.1.0"
+
+_HOME = {  # public name -> the module that holds it
+    "delta_rule": "delta.op",
+    "explain": "explain",
+    "value_checks": "arguments",
+    "Output": "notation",
+    "Path": "notation",
+}
+__all__ = ["Output", "Path", "delta_rule", "explain", "value_checks"]
+
+
+def __getattr__(name: str):
+    if name not in _HOME:
+        raise AttributeError(f"module 'gdr_teach' has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    globals()[name] = value  # the next look-up does not come here again
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(set(globals()) | set(_HOME))

@@ -1,0 +1,116 @@
+"""The delta rule in plain PyTorch: token by token, and by chunks (chapter 2; the chunk form is derived in chapter 6).
+
+One token, state S of shape [K, V] (the transpose of the textbook's S_t):
+
+    r_t = v_t - S_{t-1}^T k_t                 what the memory gets wrong about key k_t           (2.1)
+    u_t = beta_t r_t                          the correction that is written                     (2.2)
+    S_t = S_{t-1} + k_t u_t^T                 erase and write in one rank-one step               (2.3)
+    o_t = scale * S_t^T q_t                   read                                               (2.4)
+
+Both functions are ordinary differentiable PyTorch. Needs torch only. Source: Yang et al. 2024, "Parallelizing
+linear transformers with the delta rule over sequence length", equations 2-3 and 8-11.
+"""
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn.functional import pad
+
+from ..notation import Output, state_dtype
+from ..packing import per_document
+
+
+def delta_recurrence(
+    q: Float[Tensor, "B T H K"],
+    k: Float[Tensor, "B T H K"],
+    v: Float[Tensor, "B T H V"],
+    beta: Float[Tensor, "B T H"],
+    *,
+    scale: float | None = None,
+    initial_state: Float[Tensor, "N H K V"] | None = None,
+    cu_seqlens: Int[Tensor, "N+1"] | None = None,
+) -> Output:
+    """The delta rule, one token after the other: equations (2.1) to (2.4).
+
+    Args: as `gdr_teach.delta_rule`. Computes in float64 for float64 inputs, else in float32.
+    Returns: Output(o [B, T, H, V] in v's dtype, state [N, H, K, V]).
+    """
+    if cu_seqlens is not None:
+        return per_document(delta_recurrence, cu_seqlens, initial_state, (q, k, v, beta), scale=scale)
+    scale = k.shape[-1] ** -0.5 if scale is None else scale
+    S = start_state(k, v, initial_state)  # [B, H, K, V]
+    o = torch.zeros_like(v)[:, :0]
+    if q.shape[1]:
+        rows = []
+        for q_t, k_t, v_t, beta_t in zip(*(x.to(S.dtype).unbind(1) for x in (q, k, v, beta)), strict=True):
+            r_t = v_t - (k_t[..., None, :] @ S)[..., 0, :]  # [B, H, V]      (2.1)
+            u_t = beta_t[..., None] * r_t  # (2.2)
+            S = S + k_t[..., :, None] * u_t[..., None, :]  # (2.3)
+            rows.append(scale * (q_t[..., None, :] @ S)[..., 0, :])  # (2.4)
+        o = torch.stack(rows, dim=1).to(v.dtype)
+    return Output(o, S)
+
+
+def delta_chunkwise(
+    q: Float[Tensor, "B T H K"],
+    k: Float[Tensor, "B T H K"],
+    v: Float[Tensor, "B T H V"],
+    beta: Float[Tensor, "B T H"],
+    *,
+    scale: float | None = None,
+    initial_state: Float[Tensor, "N H K V"] | None = None,
+    cu_seqlens: Int[Tensor, "N+1"] | None = None,
+    chunk_size: int = 64,
+) -> Output:
+    """The delta rule, C tokens at a time: matrix products inside a chunk, one state handed from chunk to chunk.
+
+        T = (I + tril_{-1}(diag(beta) K K^T))^{-1} diag(beta)     all corrections of the chunk at once    (2.5)
+        U = T (V - K S)                                           the u_t of the chunk, one per row       (2.6)
+        O = scale * (Q S + tril(Q K^T) U)                                                                 (2.7)
+        S' = S + K^T U                                                                                    (2.8)
+
+    Args: as `gdr_teach.delta_rule`, and chunk_size C >= 1. The last chunk is filled up with beta = 0 and k = 0,
+    tokens that change nothing. Returns: Output(o [B, T, H, V] in v's dtype, state [N, H, K, V]).
+    """
+    if cu_seqlens is not None:
+        options = dict(scale=scale, chunk_size=chunk_size)
+        return per_document(delta_chunkwise, cu_seqlens, initial_state, (q, k, v, beta), **options)
+    scale = k.shape[-1] ** -0.5 if scale is None else scale
+    S = start_state(k, v, initial_state)  # [B, H, K, V]
+    Q, Kc, Vc = (chunks(x.to(S.dtype), chunk_size) for x in (q, k, v))  # [B, H, N, C, .]
+    b = chunks(beta.to(S.dtype)[..., None], chunk_size)  # [B, H, N, C, 1]
+    T = correction_matrix(Kc, b)  # [B, H, N, C, C]      (2.5)
+    A = (Q @ Kc.mT).tril()
+    o = []
+    for n in range(Q.shape[2]):
+        U = T[:, :, n] @ (Vc[:, :, n] - Kc[:, :, n] @ S)  # [B, H, C, V]      (2.6)
+        o.append(scale * (Q[:, :, n] @ S + A[:, :, n] @ U))  # (2.7)
+        S = S + Kc[:, :, n].mT @ U  # (2.8)
+    O = torch.stack(o, dim=2) if o else Vc  # noqa: E741  the formula's letter
+    return Output(tokens(O, q.shape[1]).to(v.dtype), S)
+
+
+def start_state(k: Tensor, v: Tensor, initial_state: Tensor | None) -> Tensor:
+    """The state before the first token [B, H, K, V]: a copy of the one given, else zeros."""
+    if initial_state is not None:
+        return initial_state.clone()
+    shape = (k.shape[0], k.shape[2], k.shape[3], v.shape[3])
+    return torch.zeros(shape, dtype=state_dtype(k.dtype), device=k.device)
+
+
+def correction_matrix(K: Tensor, beta: Tensor) -> Tensor:
+    """(2.5) for K [..., C, K] and beta [..., C, 1]: solves (I + L) T = diag(beta), L = tril_{-1}(diag(beta) K K^T)."""
+    L = (beta * (K @ K.mT)).tril(-1)
+    return torch.linalg.solve_triangular(L, torch.diag_embed(beta[..., 0]), upper=False, unitriangular=True)
+
+
+def chunks(x: Tensor, C: int) -> Tensor:
+    """[B, T, H, D] as [B, H, N, C, D], the last chunk filled up with zeros."""
+    B, T, H, D = x.shape
+    N = -(-T // C)
+    return pad(x, (0, 0, 0, 0, 0, N * C - T)).view(B, N, C, H, D).permute(0, 3, 1, 2, 4)
+
+
+def tokens(x: Tensor, T: int) -> Tensor:
+    """[B, H, N, C, D] as [B, T, H, D]: the way back from `chunks`, its filling cut off."""
+    return x.permute(0, 2, 3, 1, 4).flatten(1, 2)[:, :T]

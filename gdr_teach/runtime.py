@@ -1,0 +1,452 @@
+"""One kernel source, three ways to run it: interpreted for CPU tensors, compiled for GPU tensors, compiled ahead of time.
+
+    @kernel                                       # in place of @triton.jit, for kernels and their helpers
+    def add_kernel(p_x, p_y, n, BLOCK: tl.constexpr): ...
+
+    add_kernel[(cdiv(n, 64),)](x, y, n, BLOCK=64)     # CPU tensors: interpreted; CUDA tensors: compiled
+
+Plain triton wants an environment variable set before it is imported, and then cannot compile in that process. Here
+the tensors decide, launch by launch. This is the only file that uses private names of triton; it is tested on every
+version in `KNOWN_INTERPRETERS`. Repairs made to the interpreter while a kernel runs on it:
+
+- bfloat16 values are widened to float32, computed, and rounded to nearest even after each operation, as hardware
+  does; plain triton computes with their bit patterns.
+- a pointer remembers the argument it came from, so that a stray address can be named (see `sanitizer`).
+- a kernel sees only its own module's names, as when compiled; plain triton adds `np`, `math` and others to it.
+- triton 3.6 with numpy >= 2.4: `range` over a run-time number works.
+"""
+
+import contextlib
+import functools
+import re
+import threading
+import types
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+try:
+    import triton
+    import triton.language as tl
+    from triton.runtime.jit import JITFunction
+except ImportError as error:  # macOS and Windows have no triton; the torch half of the package does not need it
+    raise ImportError(
+        "gdr_teach.runtime: the Triton kernels need the package triton, which is not installed. "
+        "On Linux: pip install 'triton>=3.6'. Elsewhere use backend='torch'."
+    ) from error
+
+KNOWN_INTERPRETERS = ((3, 6), (3, 7), (3, 8), (3, 9))
+
+
+def cdiv(x: int, y: int) -> int:
+    """x / y, rounded up."""
+    return -(-x // y)
+
+
+def next_power_of_2(n: int) -> int:
+    """The smallest power of two >= n; 1 for n <= 1. Triton's block sizes are powers of two."""
+    return 1 << max(n - 1, 0).bit_length()
+
+
+def triton_version(text: str | None = None) -> tuple[int, int]:
+    """(major, minor) of the triton that is installed."""
+    found = re.match(r"(\d+)\.(\d+)", triton.__version__ if text is None else text)
+    return (int(found[1]), int(found[2])) if found else (0, 0)
+
+
+# -- memory that a kernel will fill ------------------------------------------------------------------------------------
+
+
+_fill: list[float] = []  # innermost last: what fresh memory is filled with, see `poisoned`
+
+
+def new_empty(shape: tuple[int, ...], *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Memory for a kernel's output: undefined until stored, which the sanitizer and `poisoned` make visible."""
+    x = torch.empty(shape, dtype=dtype, device=device)
+    if _fill:
+        x.fill_(_fill[-1])
+    for observer in _observers:
+        observer.allocated(x)
+    return x
+
+
+@contextlib.contextmanager
+def poisoned(value: float = float("nan")) -> Iterator[None]:
+    """Inside, every output buffer starts full of `value`: an element that no program stores cannot hide."""
+    _fill.append(value)
+    try:
+        yield
+    finally:
+        _fill.pop()
+
+
+# -- who watches a launch ----------------------------------------------------------------------------------------------
+
+
+class Observer:
+    """Told of everything an interpreted launch does; override what is of interest (see `observe`)."""
+
+    def allocated(self, tensor: torch.Tensor) -> None:
+        """A buffer was made whose contents are undefined."""
+
+    def launched(self, name: str, tensors: dict[str, torch.Tensor], grid: tuple[int, ...]) -> None:
+        """A kernel starts on these arguments."""
+
+    def loaded(self, access: "Access") -> None:
+        """One program is about to read."""
+
+    def stored(self, access: "Access") -> None:
+        """One program is about to write."""
+
+
+@dataclass(frozen=True)
+class Access:
+    """One load or store of one program: byte addresses of its active lanes, and the argument they came from."""
+
+    program: tuple[int, int, int]
+    addresses: Any  # int64 numpy array, one entry a lane
+    itemsize: int
+    argument: str | None
+
+
+_observers: list[Observer] = []
+
+
+@contextlib.contextmanager
+def observe(observer: Observer) -> Iterator[Observer]:
+    """Inside, `observer` is told of every interpreted launch."""
+    _observers.append(observer)
+    try:
+        yield observer
+    finally:
+        _observers.remove(observer)
+
+
+@dataclass
+class Launch:
+    """A launch that was recorded and not run (see `recorded`)."""
+
+    kernel: "Kernel"
+    args: tuple
+    kwargs: dict[str, Any]
+    grid: tuple[int, ...]
+
+
+@dataclass
+class _Recording:
+    launches: list[Launch] = field(default_factory=list)
+
+
+_recordings: list[_Recording] = []
+
+
+@contextlib.contextmanager
+def recorded() -> Iterator[list[Launch]]:
+    """Inside, launches are written down instead of run: what `aot` compiles is what a call would launch."""
+    recording = _Recording()
+    _recordings.append(recording)
+    try:
+        yield recording.launches
+    finally:
+        _recordings.remove(recording)
+
+
+# -- the kernel decorator ----------------------------------------------------------------------------------------------
+
+
+class Kernel(JITFunction):
+    """A JITFunction whose launches on CPU tensors are interpreted."""
+
+    def run(self, *args, grid, warmup, **kwargs):
+        if _recordings:
+            _recordings[-1].launches.append(Launch(self, args, kwargs, grid))
+            return None
+        if not warmup and runs_on_cpu(self, args, kwargs):
+            return _interpret(self, args, kwargs, grid)
+        if triton_version() > KNOWN_INTERPRETERS[-1]:
+            _warn_untested()
+        return super().run(*args, grid=grid, warmup=warmup, **kwargs)
+
+
+def kernel(fn=None, **options):
+    """Mark a function as a kernel, or as a helper called by kernels: takes the options of `triton.jit`."""
+    if fn is None:
+        return functools.partial(kernel, **options)
+    return Kernel(fn, **options)
+
+
+def named_tensors(kernel: Kernel, args: tuple, kwargs: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """The tensor arguments of a launch by name."""
+    named = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
+    return {name: x for name, x in named.items() if isinstance(x, torch.Tensor)}
+
+
+def runs_on_cpu(kernel: Kernel, args: tuple, kwargs: dict[str, Any]) -> bool:
+    """Whether a launch is for the interpreter; ValueError when its tensors are not all on one device."""
+    devices = {name: str(x.device) for name, x in named_tensors(kernel, args, kwargs).items()}
+    if len(set(devices.values())) > 1:
+        where = ", ".join(f"{name} on {device}" for name, device in devices.items())
+        raise ValueError(f"{kernel.__name__}: all tensors must be on one device, got {where}")
+    return set(devices.values()) == {"cpu"}
+
+
+@functools.cache
+def _warn_untested() -> None:
+    last = ".".join(map(str, KNOWN_INTERPRETERS[-1]))
+    warnings.warn(f"gdr_teach: triton {triton.__version__} is newer than the tested {last}", stacklevel=4)
+
+
+# -- the interpreter ---------------------------------------------------------------------------------------------------
+
+
+_lock = threading.RLock()  # interpreting changes triton.language for the whole process
+_inside = False
+
+
+def _interpret(kernel: Kernel, args: tuple, kwargs: dict[str, Any], grid) -> None:
+    with _interpreting():
+        tensors = named_tensors(kernel, args, kwargs)
+        interpreter_builder().origins = {x.data_ptr(): name for name, x in tensors.items()}
+        for observer in _observers:
+            observer.launched(kernel.__name__, tensors, grid)
+        try:
+            _twin(kernel.fn).run(*args, grid=grid, warmup=False, **kwargs)
+        except Exception as error:
+            raise _cause(error) from None
+
+
+def _cause(error: BaseException) -> BaseException:
+    # triton wraps each level of an interpreted call in an InterpreterError that holds only a repr
+    while type(error).__name__ == "InterpreterError" and error.__cause__ is not None:
+        error = error.__cause__
+    return error
+
+
+@contextlib.contextmanager
+def _interpreting() -> Iterator[None]:
+    """Make triton.language run eagerly; undone on exit, so that compiling works afterwards."""
+    global _inside
+    with _lock:
+        if _inside:
+            yield
+            return
+        interpreter = _interpreter_module()
+        probe = types.FunctionType((lambda: None).__code__, {"tl": tl, "core": tl.core})
+        scope = interpreter._patch_lang(probe)
+        saved = JITFunction.__call__, interpreter.ReduceScanOpInterface.apply
+        builder = interpreter_builder()
+        JITFunction.__call__ = lambda self, *a, **kw: _twin(self.fn).rewrite()(*a, **kw)
+        interpreter.ReduceScanOpInterface.apply = _widened_reduction(saved[1])
+        plain, builder.__class__ = builder.__class__, _builder_class()
+        _inside = True
+        try:
+            yield
+        finally:
+            _inside = False
+            builder.__class__ = plain
+            JITFunction.__call__, interpreter.ReduceScanOpInterface.apply = saved
+            scope.restore()
+
+
+def _interpreter_module():
+    if triton_version() not in KNOWN_INTERPRETERS:
+        known = ", ".join(f"{major}.{minor}" for major, minor in KNOWN_INTERPRETERS)
+        raise RuntimeError(
+            f"gdr_teach: kernels on CPU tensors need triton's interpreter in a known version ({known}), got triton "
+            f"{triton.__version__}. Compiled kernels (CUDA tensors) and backend='torch' work all the same."
+        )
+    from triton.runtime import interpreter  # brings numpy, hence not at the top
+
+    _repair_index(interpreter)
+    return interpreter
+
+
+def interpreter_builder():
+    """The object that carries out triton.language's operations while a kernel is interpreted."""
+    return _interpreter_module().interpreter_builder
+
+
+@functools.cache
+def _repair_index(interpreter) -> None:
+    # triton 3.6 does int(array of one element with one dimension), which numpy >= 2.4 refuses
+    patch = interpreter._patch_lang_tensor
+
+    def patched(tensor, scope):
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    interpreter._patch_lang_tensor = patched
+
+
+@functools.cache
+def _twin(fn):
+    """The interpreted form of a kernel or of one of triton's own device functions."""
+    from triton.runtime.interpreter import FunctionRewriter, InterpretedFunction, interpreter_semantic
+
+    class Rewriter(FunctionRewriter):
+        def _compile_and_exec(self, transformed_ast):
+            code = compile(transformed_ast, filename=self.filename, mode="exec")
+            names = self.fn.__globals__
+            names.setdefault("interpreter_semantic", interpreter_semantic)  # the rewritten assignments call it
+            local: dict[str, Any] = {}
+            exec(code, names, local)
+            return local[self.fn.__name__]
+
+    twin = InterpretedFunction(fn)
+    twin.rewriter = Rewriter(fn)
+    return twin
+
+
+# -- bfloat16 and pointers on the interpreter --------------------------------------------------------------------------
+
+
+def _widen(handle):
+    """A bfloat16 block (held as its 16 bits) as float32; anything else as it is."""
+    import numpy as np
+    from triton.runtime.interpreter import TensorHandle
+
+    if not isinstance(handle, TensorHandle) or handle.dtype.scalar != tl.bfloat16:
+        return handle
+    return TensorHandle((handle.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
+
+
+def _narrow(data):
+    """Floats as bfloat16, rounded to nearest even."""
+    import numpy as np
+    from triton.runtime.interpreter import TensorHandle
+
+    bits = np.ascontiguousarray(data, dtype=np.float32).view(np.uint32)
+    rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+    return TensorHandle(np.where(np.isnan(data), np.uint16(0x7FC0), rounded), tl.bfloat16)
+
+
+def _is_bf16(*handles) -> bool:
+    return any(getattr(getattr(h, "dtype", None), "scalar", None) == tl.bfloat16 for h in handles)
+
+
+@functools.cache
+def _builder_class():
+    """Triton's InterpreterBuilder with honest bfloat16, pointers that know their argument, and observers."""
+    import numpy as np
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    def widened(name):
+        plain = getattr(InterpreterBuilder, name)
+
+        def operation(self, *args):
+            if not _is_bf16(*args):
+                return plain(self, *args)
+            if name == "ternary_op" and args[3] is np.where:  # moves values, computes nothing
+                return plain(self, *args)
+            out = plain(self, *map(_widen, args))
+            return _narrow(out.data) if out.data.dtype == np.float32 else out
+
+        return operation
+
+    def carried(name):
+        plain = getattr(InterpreterBuilder, name)
+
+        def operation(self, *args, **kwargs):
+            out = plain(self, *args, **kwargs)
+            for x in args:  # the pointer among the operands, if any, hands its origin on
+                if getattr(x, "attr", None) and "argument" in x.attr:
+                    out.attr["argument"] = x.attr["argument"]
+                    break
+            return out
+
+        return operation
+
+    class Builder(InterpreterBuilder):
+        origins: dict[int, str] = {}  # base address -> argument of the launch
+
+        def get_bf16(self, value):
+            return _narrow(np.array([value], dtype=np.float32))
+
+        def cast_impl(self, src, dst_type):
+            if _is_bf16(src):
+                wide = _widen(src)
+                return wide if dst_type.scalar == tl.float32 else self.cast_impl(wide, dst_type)
+            if dst_type.scalar == tl.bfloat16:
+                return _narrow(src.data.astype(np.float32))
+            return super().cast_impl(src, dst_type)
+
+        def create_fp_to_fp(self, src, dst_type, rounding_mode):
+            if _is_bf16(src) or dst_type.scalar == tl.bfloat16:
+                return self.cast_impl(src, dst_type)
+            return super().create_fp_to_fp(src, dst_type, rounding_mode)
+
+        def create_dot(self, a, b, d, *options):
+            return super().create_dot(_widen(a), _widen(b), d, *options)
+
+        def create_addptr(self, ptr, offset):
+            out = super().create_addptr(ptr, offset)
+            name = ptr.attr.get("argument")
+            if name is None and ptr.data.size == 1:
+                name = self.origins.get(int(ptr.data.item()))
+            if name is not None:
+                out.attr["argument"] = name
+            return out
+
+        def create_masked_load(self, ptrs, mask, other, *options, **named):
+            self._tell("loaded", ptrs, mask)
+            return super().create_masked_load(ptrs, mask, other, *options, **named)
+
+        def create_masked_store(self, ptrs, value, mask, *options, **named):
+            self._tell("stored", ptrs, mask)
+            return super().create_masked_store(ptrs, value, mask, *options, **named)
+
+        def create_atomic_rmw(self, rmw, ptr, val, mask, *options):
+            if _is_bf16(val):
+                raise TypeError("atomics on bfloat16 are not supported on the interpreter")
+            self._tell("loaded", ptr, mask)
+            self._tell("stored", ptr, mask)
+            return super().create_atomic_rmw(rmw, ptr, val, mask, *options)
+
+        def _tell(self, event, ptrs, mask):
+            if not _observers:
+                return
+            addresses = np.asarray(ptrs.data)
+            lanes = np.broadcast_to(np.asarray(getattr(mask, "data", mask)), addresses.shape)
+            name = ptrs.attr.get("argument")
+            if name is None and ptrs.data.size == 1:
+                name = self.origins.get(int(ptrs.data.item()))
+            active = addresses[lanes.astype(bool)].astype(np.int64)
+            itemsize = max(ptrs.get_element_ty().primitive_bitwidth // 8, 1)
+            access = Access(self.grid_idx, active, itemsize, name)
+            for observer in _observers:
+                getattr(observer, event)(access)
+
+    for name in ("binary_op", "ternary_op", "unary_op", "create_fma"):
+        setattr(Builder, name, widened(name))
+    shape_ops = "create_splat create_unsplat create_broadcast create_expand_dims create_reshape create_trans"
+    for name in (*shape_ops.split(), "create_bitcast", "create_cat", "create_join", "create_select"):
+        if hasattr(InterpreterBuilder, name):
+            setattr(Builder, name, carried(name))
+    return Builder
+
+
+def _widened_reduction(plain):
+    """Reductions and scans of bfloat16 run in float32 and are rounded once at the end."""
+
+    def as_tensor(x, handle, dtype):
+        ty = tl.block_type(dtype, list(x.shape)) if x.type.is_block() else dtype
+        return tl.tensor(handle, ty)
+
+    def apply(self, operands):
+        single = not isinstance(operands, tuple)
+        xs = (operands,) if single else operands
+        if not any(x.dtype == tl.bfloat16 for x in xs):
+            return plain(self, operands)
+        wide = tuple(as_tensor(x, _widen(x.handle), tl.float32) if x.dtype == tl.bfloat16 else x for x in xs)
+        out = plain(self, wide)
+        out = out if isinstance(out, tuple) else (out,)
+        narrow = tuple(
+            as_tensor(y, _narrow(y.handle.data), tl.bfloat16) if x.dtype == tl.bfloat16 and y.dtype == tl.float32 else y
+            for x, y in zip(xs, out, strict=True)
+        )
+        return narrow[0] if single else narrow
+
+    return apply
