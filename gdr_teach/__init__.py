@@ -20,15 +20,15 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from .arguments import value_checks as value_checks
     from .delta.op import delta_rule as delta_rule
-    from .explain import explain as explain
     from .notation import Output as Output
     from .notation import Path as Path
+    from .paths import explain as explain
 
 __version__ = "0.1.0"
 
 _HOME = {  # public name -> the module that holds it
     "delta_rule": "delta.op",
-    "explain": "explain",
+    "explain": "paths",
     "value_checks": "arguments",
     "Output": "notation",
     "Path": "notation",

@@ -7,6 +7,7 @@ CPU; for CUDA tensors, where looking means waiting for the device, inside `with 
 import contextlib
 import numbers
 from collections.abc import Iterator, Mapping
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -76,7 +77,9 @@ def check_call(
 def check_triton(op: str, sizes: Sizes, q: Tensor) -> None:
     """What the Triton kernels ask beyond `check_call`: a device they run on, widths up to 256, no float64 on CUDA."""
     if q.device.type not in ("cpu", "cuda"):
-        raise ValueError(f"{op}: backend 'triton' wants tensors on cpu or cuda, got {q.device}; use backend='torch'")
+        raise ValueError(
+            f"{op}: backend 'triton' wants tensors on cpu or cuda, got {q.device}; use backend='torch'"
+        )
     for axis, size in (("K", sizes.K), ("V", sizes.V)):
         if size > TRITON_WIDTH:
             raise ValueError(
@@ -94,8 +97,10 @@ def check_cu_seqlens_values(op: str, cu_seqlens: Tensor | None, T: int) -> None:
         return
     ends = cu_seqlens.tolist()
     if ends[0] != 0 or ends[-1] != T:
-        raise ValueError(f"{op}: cu_seqlens must start at 0 and end at T = {T}, got [{ends[0]}, ..., {ends[-1]}]")
-    for n, (start, end) in enumerate(zip(ends[:-1], ends[1:], strict=True)):
+        raise ValueError(
+            f"{op}: cu_seqlens must start at 0 and end at T = {T}, got [{ends[0]}, ..., {ends[-1]}]"
+        )
+    for n, (start, end) in enumerate(pairwise(ends)):
         if end < start:
             raise ValueError(
                 f"{op}: cu_seqlens must not decrease, got {start} then {end} at positions {n} and {n + 1}"
@@ -121,7 +126,9 @@ def _check_tensor(op: str, name: str, x: Any) -> None:
 def _bind(op: str, name: str, x: Tensor, axes: list[str], size: dict[str, int]) -> None:
     got = list(x.shape)
     wanted = [size.get(axis, axis) for axis in axes]
-    agree = len(got) == len(axes) and all(isinstance(w, str) or w == g for w, g in zip(wanted, got, strict=True))
+    agree = len(got) == len(axes) and all(
+        isinstance(w, str) or w == g for w, g in zip(wanted, got, strict=True)
+    )
     if not agree:
         raise ValueError(f"{op}: {name} must have shape {_shape(wanted)}, got {_shape(got)}")
     size.update(zip(axes, got, strict=True))
@@ -138,7 +145,9 @@ def _check_dtype(op: str, name: str, x: Tensor, wanted: torch.dtype) -> None:
     allowed = {wanted, torch.float32} if name in GATES else {wanted}
     if x.dtype not in allowed:
         names = " or ".join(sorted(_name(d) for d in allowed))
-        raise TypeError(f"{op}: {name} must have dtype {names} beside q in {_name(wanted)}, got {_name(x.dtype)}")
+        raise TypeError(
+            f"{op}: {name} must have dtype {names} beside q in {_name(wanted)}, got {_name(x.dtype)}"
+        )
 
 
 def _check_device(op: str, name: str, x: Tensor, wanted: torch.device) -> None:
@@ -152,11 +161,17 @@ def _check_cu_seqlens(op: str, cu_seqlens: Any, q: Tensor, B: int) -> int:
         return B
     _check_tensor(op, "cu_seqlens", cu_seqlens)
     if cu_seqlens.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"{op}: cu_seqlens must have dtype int32 or int64, got {_name(cu_seqlens.dtype)}")
+        raise TypeError(
+            f"{op}: cu_seqlens must have dtype int32 or int64, got {_name(cu_seqlens.dtype)}"
+        )
     if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
-        raise ValueError(f"{op}: cu_seqlens must have shape [N + 1], got {_shape(list(cu_seqlens.shape))}")
+        raise ValueError(
+            f"{op}: cu_seqlens must have shape [N + 1], got {_shape(list(cu_seqlens.shape))}"
+        )
     if cu_seqlens.device.type != "cpu" and cu_seqlens.device != q.device:
-        raise ValueError(f"{op}: cu_seqlens must be on cpu or q's device {q.device}, got {cu_seqlens.device}")
+        raise ValueError(
+            f"{op}: cu_seqlens must be on cpu or q's device {q.device}, got {cu_seqlens.device}"
+        )
     if B != 1:
         raise ValueError(f"{op}: packed sequences (cu_seqlens) want B = 1, got B = {B}")
     return cu_seqlens.shape[0] - 1
@@ -167,7 +182,9 @@ def _check_initial_state(op: str, S0: Any, q: Tensor, shape: tuple[int, ...]) ->
         return
     _check_tensor(op, "initial_state", S0)
     if tuple(S0.shape) != shape:
-        raise ValueError(f"{op}: initial_state must have shape {_shape(list(shape))}, got {_shape(list(S0.shape))}")
+        raise ValueError(
+            f"{op}: initial_state must have shape {_shape(list(shape))}, got {_shape(list(S0.shape))}"
+        )
     if S0.dtype != state_dtype(q.dtype):
         wanted = f"{_name(state_dtype(q.dtype))} (the state's dtype beside q in {_name(q.dtype)})"
         raise TypeError(f"{op}: initial_state must have dtype {wanted}, got {_name(S0.dtype)}")
@@ -176,7 +193,9 @@ def _check_initial_state(op: str, S0: Any, q: Tensor, shape: tuple[int, ...]) ->
 
 def _check_choice(op: str, name: str, value: Any, choices: tuple[str, ...]) -> None:
     if value not in choices:
-        raise ValueError(f"{op}: {name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+        raise ValueError(
+            f"{op}: {name} must be one of {', '.join(map(repr, choices))}, got {value!r}"
+        )
 
 
 def _name(dtype: torch.dtype) -> str:

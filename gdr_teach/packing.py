@@ -5,35 +5,39 @@
 The definition is a loop: each document is a sequence of its own, with its own start state.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-from .notation import Output
-
 
 def documents(cu_seqlens: Tensor) -> list[tuple[int, int]]:
     """The (start, end) of every document, as Python integers."""
-    ends = cu_seqlens.tolist()
-    return list(zip(ends[:-1], ends[1:], strict=True))
+    return list(pairwise(cu_seqlens.tolist()))
 
 
 def per_document(
-    rule: Callable[..., Output],
+    rule: Callable[..., Sequence[Tensor]],
     cu_seqlens: Tensor,
-    initial_state: Tensor | None,
-    tensors: Sequence[Tensor],
+    tokens: Sequence[Tensor],
+    states: Mapping[str, Tensor | None],
     **options,
-) -> Output:
-    """Run `rule` on every document alone and put the results side by side again."""
-    outputs, states = [], []
+) -> tuple[Tensor, ...]:
+    """Run `rule` on every document alone and put the results side by side again.
+
+    tokens have the time on axis 1, states the sequence on axis 0. The rule gives back any number of tensors along
+    time and then one along the sequences: a forward (o, state), a backward (dq, dk, dv, dbeta, dstate0).
+    """
+    results = []
     for n, (start, end) in enumerate(documents(cu_seqlens)):
-        S0 = None if initial_state is None else initial_state[n : n + 1]
-        out = rule(*(x[:, start:end] for x in tensors), initial_state=S0, **options)
-        outputs.append(out.o)
-        states.append(out.state)
-    if not states:  # no document at all: let the rule say what empty looks like
-        out = rule(*(x[:, :0] for x in tensors), initial_state=None, **options)
-        return Output(out.o, out.state[:0])
-    return Output(torch.cat(outputs, dim=1), torch.cat(states, dim=0))
+        own = {name: x if x is None else x[n : n + 1] for name, x in states.items()}
+        results.append(rule(*(x[:, start:end] for x in tokens), **own, **options))
+    if not results:  # no document at all: let the rule say what empty looks like
+        none = {
+            name: x if x is None else x.new_zeros((1, *x.shape[1:])) for name, x in states.items()
+        }
+        *along_time, state = rule(*tokens, **none, **options)
+        return (*along_time, state[:0])
+    *along_time, state = zip(*results, strict=True)
+    return (*(torch.cat(x, dim=1) for x in along_time), torch.cat(state, dim=0))

@@ -1,4 +1,4 @@
-"""One kernel source, three ways to run it: interpreted for CPU tensors, compiled for GPU tensors, compiled ahead of time.
+"""One kernel source, three ways: interpreted for CPU tensors, compiled for GPU tensors, compiled ahead of time.
 
     @kernel                                       # in place of @triton.jit, for kernels and their helpers
     def add_kernel(p_x, p_y, n, BLOCK: tl.constexpr): ...
@@ -18,13 +18,14 @@ version in `KNOWN_INTERPRETERS`. Repairs made to the interpreter while a kernel 
 
 import contextlib
 import functools
+import importlib
 import re
 import threading
 import types
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -32,7 +33,9 @@ try:
     import triton
     import triton.language as tl
     from triton.runtime.jit import JITFunction
-except ImportError as error:  # macOS and Windows have no triton; the torch half of the package does not need it
+except (
+    ImportError
+) as error:  # macOS and Windows have no triton; the torch half of the package does not need it
     raise ImportError(
         "gdr_teach.runtime: the Triton kernels need the package triton, which is not installed. "
         "On Linux: pip install 'triton>=3.6'. Elsewhere use backend='torch'."
@@ -171,7 +174,7 @@ class Kernel(JITFunction):
         return super().run(*args, grid=grid, warmup=warmup, **kwargs)
 
 
-def kernel(fn=None, **options):
+def kernel(fn=None, **options) -> Any:
     """Mark a function as a kernel, or as a helper called by kernels: takes the options of `triton.jit`."""
     if fn is None:
         return functools.partial(kernel, **options)
@@ -196,7 +199,9 @@ def runs_on_cpu(kernel: Kernel, args: tuple, kwargs: dict[str, Any]) -> bool:
 @functools.cache
 def _warn_untested() -> None:
     last = ".".join(map(str, KNOWN_INTERPRETERS[-1]))
-    warnings.warn(f"gdr_teach: triton {triton.__version__} is newer than the tested {last}", stacklevel=4)
+    warnings.warn(
+        f"gdr_teach: triton {triton.__version__} is newer than the tested {last}", stacklevel=4
+    )
 
 
 # -- the interpreter ---------------------------------------------------------------------------------------------------
@@ -214,7 +219,7 @@ def _interpret(kernel: Kernel, args: tuple, kwargs: dict[str, Any], grid) -> Non
             observer.launched(kernel.__name__, tensors, grid)
         try:
             _twin(kernel.fn).run(*args, grid=grid, warmup=False, **kwargs)
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001  whatever the kernel raised
             raise _cause(error) from None
 
 
@@ -251,26 +256,25 @@ def _interpreting() -> Iterator[None]:
             scope.restore()
 
 
-def _interpreter_module():
+def _interpreter_module() -> Any:
     if triton_version() not in KNOWN_INTERPRETERS:
         known = ", ".join(f"{major}.{minor}" for major, minor in KNOWN_INTERPRETERS)
         raise RuntimeError(
             f"gdr_teach: kernels on CPU tensors need triton's interpreter in a known version ({known}), got triton "
             f"{triton.__version__}. Compiled kernels (CUDA tensors) and backend='torch' work all the same."
         )
-    from triton.runtime import interpreter  # brings numpy, hence not at the top
-
+    interpreter: Any = importlib.import_module("triton.runtime.interpreter")  # brings numpy
     _repair_index(interpreter)
     return interpreter
 
 
-def interpreter_builder():
+def interpreter_builder() -> Any:
     """The object that carries out triton.language's operations while a kernel is interpreted."""
     return _interpreter_module().interpreter_builder
 
 
 @functools.cache
-def _repair_index(interpreter) -> None:
+def _repair_index(interpreter: Any) -> None:
     # triton 3.6 does int(array of one element with one dimension), which numpy >= 2.4 refuses
     patch = interpreter._patch_lang_tensor
 
@@ -284,13 +288,19 @@ def _repair_index(interpreter) -> None:
 @functools.cache
 def _twin(fn):
     """The interpreted form of a kernel or of one of triton's own device functions."""
-    from triton.runtime.interpreter import FunctionRewriter, InterpretedFunction, interpreter_semantic
+    from triton.runtime.interpreter import (
+        FunctionRewriter,
+        InterpretedFunction,
+        interpreter_semantic,
+    )
 
     class Rewriter(FunctionRewriter):
         def _compile_and_exec(self, transformed_ast):
             code = compile(transformed_ast, filename=self.filename, mode="exec")
             names = self.fn.__globals__
-            names.setdefault("interpreter_semantic", interpreter_semantic)  # the rewritten assignments call it
+            names.setdefault(
+                "interpreter_semantic", interpreter_semantic
+            )  # the rewritten assignments call it
             local: dict[str, Any] = {}
             exec(code, names, local)
             return local[self.fn.__name__]
@@ -331,7 +341,7 @@ def _is_bf16(*handles) -> bool:
 def _builder_class():
     """Triton's InterpreterBuilder with honest bfloat16, pointers that know their argument, and observers."""
     import numpy as np
-    from triton.runtime.interpreter import InterpreterBuilder
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
     def widened(name):
         plain = getattr(InterpreterBuilder, name)
@@ -352,15 +362,16 @@ def _builder_class():
         def operation(self, *args, **kwargs):
             out = plain(self, *args, **kwargs)
             for x in args:  # the pointer among the operands, if any, hands its origin on
-                if getattr(x, "attr", None) and "argument" in x.attr:
-                    out.attr["argument"] = x.attr["argument"]
+                argument = self.argument_of(x)
+                if argument is not None:
+                    out.attr["argument"] = argument
                     break
             return out
 
         return operation
 
     class Builder(InterpreterBuilder):
-        origins: dict[int, str] = {}  # base address -> argument of the launch
+        origins: ClassVar[dict[int, str]] = {}  # base address -> argument of the launch
 
         def get_bf16(self, value):
             return _narrow(np.array([value], dtype=np.float32))
@@ -381,14 +392,18 @@ def _builder_class():
         def create_dot(self, a, b, d, *options):
             return super().create_dot(_widen(a), _widen(b), d, *options)
 
-        def create_addptr(self, ptr, offset):
-            out = super().create_addptr(ptr, offset)
-            name = ptr.attr.get("argument")
-            if name is None and ptr.data.size == 1:
-                name = self.origins.get(int(ptr.data.item()))
-            if name is not None:
-                out.attr["argument"] = name
-            return out
+        def argument_of(self, handle):
+            """The argument that a pointer was made from; None for anything else."""
+            if not isinstance(handle, TensorHandle):
+                return None
+            name = handle.attr.get("argument")
+            if (
+                name is None
+                and handle.data.size == 1
+                and isinstance(handle.dtype.scalar, tl.pointer_type)
+            ):
+                name = self.origins.get(int(handle.data.item()))
+            return name
 
         def create_masked_load(self, ptrs, mask, other, *options, **named):
             self._tell("loaded", ptrs, mask)
@@ -410,19 +425,24 @@ def _builder_class():
                 return
             addresses = np.asarray(ptrs.data)
             lanes = np.broadcast_to(np.asarray(getattr(mask, "data", mask)), addresses.shape)
-            name = ptrs.attr.get("argument")
-            if name is None and ptrs.data.size == 1:
-                name = self.origins.get(int(ptrs.data.item()))
             active = addresses[lanes.astype(bool)].astype(np.int64)
             itemsize = max(ptrs.get_element_ty().primitive_bitwidth // 8, 1)
-            access = Access(self.grid_idx, active, itemsize, name)
+            access = Access(self.grid_idx, active, itemsize, self.argument_of(ptrs))
             for observer in _observers:
                 getattr(observer, event)(access)
 
     for name in ("binary_op", "ternary_op", "unary_op", "create_fma"):
         setattr(Builder, name, widened(name))
-    shape_ops = "create_splat create_unsplat create_broadcast create_expand_dims create_reshape create_trans"
-    for name in (*shape_ops.split(), "create_bitcast", "create_cat", "create_join", "create_select"):
+    shape_ops = "create_addptr create_splat create_unsplat create_broadcast create_expand_dims"
+    for name in (
+        *shape_ops.split(),
+        "create_reshape",
+        "create_trans",
+        "create_bitcast",
+        "create_cat",
+        "create_join",
+        "create_select",
+    ):
         if hasattr(InterpreterBuilder, name):
             setattr(Builder, name, carried(name))
     return Builder
@@ -440,11 +460,15 @@ def _widened_reduction(plain):
         xs = (operands,) if single else operands
         if not any(x.dtype == tl.bfloat16 for x in xs):
             return plain(self, operands)
-        wide = tuple(as_tensor(x, _widen(x.handle), tl.float32) if x.dtype == tl.bfloat16 else x for x in xs)
+        wide = tuple(
+            as_tensor(x, _widen(x.handle), tl.float32) if x.dtype == tl.bfloat16 else x for x in xs
+        )
         out = plain(self, wide)
         out = out if isinstance(out, tuple) else (out,)
         narrow = tuple(
-            as_tensor(y, _narrow(y.handle.data), tl.bfloat16) if x.dtype == tl.bfloat16 and y.dtype == tl.float32 else y
+            as_tensor(y, _narrow(y.handle.data), tl.bfloat16)
+            if x.dtype == tl.bfloat16 and y.dtype == tl.float32
+            else y
             for x, y in zip(xs, out, strict=True)
         )
         return narrow[0] if single else narrow

@@ -41,7 +41,7 @@ def program_place(p_cu, T, H, NV: tl.constexpr, PACKED: tl.constexpr):
     else:
         first = i_n.to(tl.int64) * T
         count = T
-    return i_v, i_nh, i_h, first * H + i_h, count  # rows are counted in (token, head) pairs
+    return i_v, i_nh, first * H + i_h, count  # rows are counted in (token, head) pairs
 
 
 @kernel
@@ -66,7 +66,7 @@ def delta_forward_kernel(
     ACC: tl.constexpr,
 ):
     """Equations (2.1) to (2.4), token after token. Grid: `program_place`. Writes o, or r for the backward, or both."""
-    i_v, i_nh, i_h, row, count = program_place(p_cu, T, H, NV, p_cu is not None)
+    i_v, i_nh, row, count = program_place(p_cu, T, H, NV, p_cu is not None)
     i_k = tl.arange(0, BK)  # [BK]
     i_c = i_v * BV + tl.arange(0, BV)  # [BV] columns of the state
     m_k = i_k < K
@@ -118,7 +118,7 @@ def delta_reverse_kernel(
     ACC: tl.constexpr,
 ):
     """(2.9) to (2.12) without the S_{t-1} term, last token first. Grid: `program_place`. rows = B * T * H."""
-    i_v, i_nh, i_h, row, count = program_place(p_cu, T, H, NV, p_cu is not None)
+    i_v, i_nh, row, count = program_place(p_cu, T, H, NV, p_cu is not None)
     i_k = tl.arange(0, BK)  # [BK]
     i_c = i_v * BV + tl.arange(0, BV)  # [BV]
     m_k = i_k < K
@@ -170,7 +170,7 @@ def delta_replay_kernel(
     ACC: tl.constexpr,
 ):
     """The states once more, in order: dq (2.12) and the S_{t-1} term of dk (2.11). Grid: `program_place`."""
-    i_v, i_nh, i_h, row, count = program_place(p_cu, T, H, NV, p_cu is not None)
+    i_v, i_nh, row, count = program_place(p_cu, T, H, NV, p_cu is not None)
     i_k = tl.arange(0, BK)  # [BK]
     i_c = i_v * BV + tl.arange(0, BV)  # [BV]
     m_k = i_k < K
@@ -227,12 +227,12 @@ def delta_recurrent(
 
 def delta_recurrent_backward(
     do: Tensor,
-    dstate: Tensor,
     q: Tensor,
     k: Tensor,
     v: Tensor,
     beta: Tensor,
     *,
+    dstate: Tensor,
     scale: float | None = None,
     initial_state: Tensor | None = None,
     cu_seqlens: Tensor | None = None,

@@ -28,7 +28,7 @@ def delta_recurrence(
     *,
     scale: float | None = None,
     initial_state: Float[Tensor, "N H K V"] | None = None,
-    cu_seqlens: Int[Tensor, "N+1"] | None = None,
+    cu_seqlens: Int[Tensor, " N+1"] | None = None,
 ) -> Output:
     """The delta rule, one token after the other: equations (2.1) to (2.4).
 
@@ -36,13 +36,18 @@ def delta_recurrence(
     Returns: Output(o [B, T, H, V] in v's dtype, state [N, H, K, V]).
     """
     if cu_seqlens is not None:
-        return per_document(delta_recurrence, cu_seqlens, initial_state, (q, k, v, beta), scale=scale)
-    scale = k.shape[-1] ** -0.5 if scale is None else scale
+        states = {"initial_state": initial_state}
+        return Output(
+            *per_document(delta_recurrence, cu_seqlens, (q, k, v, beta), states, scale=scale)
+        )
+    scale = float(k.shape[-1] ** -0.5 if scale is None else scale)
     S = start_state(k, v, initial_state)  # [B, H, K, V]
     o = torch.zeros_like(v)[:, :0]
     if q.shape[1]:
         rows = []
-        for q_t, k_t, v_t, beta_t in zip(*(x.to(S.dtype).unbind(1) for x in (q, k, v, beta)), strict=True):
+        for q_t, k_t, v_t, beta_t in zip(
+            *(x.to(S.dtype).unbind(1) for x in (q, k, v, beta)), strict=True
+        ):
             r_t = v_t - (k_t[..., None, :] @ S)[..., 0, :]  # [B, H, V]      (2.1)
             u_t = beta_t[..., None] * r_t  # (2.2)
             S = S + k_t[..., :, None] * u_t[..., None, :]  # (2.3)
@@ -59,7 +64,7 @@ def delta_chunkwise(
     *,
     scale: float | None = None,
     initial_state: Float[Tensor, "N H K V"] | None = None,
-    cu_seqlens: Int[Tensor, "N+1"] | None = None,
+    cu_seqlens: Int[Tensor, " N+1"] | None = None,
     chunk_size: int = 64,
 ) -> Output:
     """The delta rule, C tokens at a time: matrix products inside a chunk, one state handed from chunk to chunk.
@@ -73,9 +78,14 @@ def delta_chunkwise(
     tokens that change nothing. Returns: Output(o [B, T, H, V] in v's dtype, state [N, H, K, V]).
     """
     if cu_seqlens is not None:
-        options = dict(scale=scale, chunk_size=chunk_size)
-        return per_document(delta_chunkwise, cu_seqlens, initial_state, (q, k, v, beta), **options)
-    scale = k.shape[-1] ** -0.5 if scale is None else scale
+        states, options = (
+            {"initial_state": initial_state},
+            {"scale": scale, "chunk_size": chunk_size},
+        )
+        return Output(
+            *per_document(delta_chunkwise, cu_seqlens, (q, k, v, beta), states, **options)
+        )
+    scale = float(k.shape[-1] ** -0.5 if scale is None else scale)
     S = start_state(k, v, initial_state)  # [B, H, K, V]
     Q, Kc, Vc = (chunks(x.to(S.dtype), chunk_size) for x in (q, k, v))  # [B, H, N, C, .]
     b = chunks(beta.to(S.dtype)[..., None], chunk_size)  # [B, H, N, C, 1]
@@ -86,7 +96,7 @@ def delta_chunkwise(
         U = T[:, :, n] @ (Vc[:, :, n] - Kc[:, :, n] @ S)  # [B, H, C, V]      (2.6)
         o.append(scale * (Q[:, :, n] @ S + A[:, :, n] @ U))  # (2.7)
         S = S + Kc[:, :, n].mT @ U  # (2.8)
-    O = torch.stack(o, dim=2) if o else Vc  # noqa: E741  the formula's letter
+    O = torch.stack(o, dim=2) if o else Vc
     return Output(tokens(O, q.shape[1]).to(v.dtype), S)
 
 
@@ -101,7 +111,9 @@ def start_state(k: Tensor, v: Tensor, initial_state: Tensor | None) -> Tensor:
 def correction_matrix(K: Tensor, beta: Tensor) -> Tensor:
     """(2.5) for K [..., C, K] and beta [..., C, 1]: solves (I + L) T = diag(beta), L = tril_{-1}(diag(beta) K K^T)."""
     L = (beta * (K @ K.mT)).tril(-1)
-    return torch.linalg.solve_triangular(L, torch.diag_embed(beta[..., 0]), upper=False, unitriangular=True)
+    return torch.linalg.solve_triangular(
+        L, torch.diag_embed(beta[..., 0]), upper=False, unitriangular=True
+    )
 
 
 def chunks(x: Tensor, C: int) -> Tensor:

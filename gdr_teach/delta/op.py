@@ -1,0 +1,191 @@
+"""`delta_rule`, the operator: checks its arguments, chooses a way, and is differentiable, compilable and exportable."""
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from ..arguments import check_call, check_cu_seqlens_values
+from ..notation import Output, Path, Sizes, state_dtype
+from ..paths import choose
+
+LAYOUT = {"q": "B T H K", "k": "B T H K", "v": "B T H V", "beta": "B T H"}
+
+
+def delta_rule(
+    q: Float[Tensor, "B T H K"],
+    k: Float[Tensor, "B T H K"],
+    v: Float[Tensor, "B T H V"],
+    beta: Float[Tensor, "B T H"],
+    *,
+    scale: float | None = None,
+    initial_state: Float[Tensor, "N H K V"] | None = None,
+    cu_seqlens: Int[Tensor, " N+1"] | None = None,
+    mode: str = "auto",
+    backend: str = "auto",
+) -> Output:
+    """The delta rule: erase what the key recalls, write the new value, read with the query.
+
+        S_t = S_{t-1} + k_t (beta_t (v_t - S_{t-1}^T k_t))^T          o_t = scale * S_t^T q_t
+
+    Args:
+        q: queries [B, T, H, K].
+        k: keys [B, T, H, K]; unit length makes beta = 1 an exact overwrite. They are used as given.
+        v: values [B, T, H, V].
+        beta: step sizes [B, T, H]; for unit keys the state cannot grow while 0 <= beta <= 2. In q's dtype or float32.
+        scale: factor on the output, a Python number without gradient; default K ** -0.5.
+        initial_state: the state before the first token [N, H, K, V], in the state's dtype; default zeros.
+        cu_seqlens: int32 or int64 [N + 1], from 0 to T without falling, on the CPU or q's device: document n
+            has the tokens cu_seqlens[n] to cu_seqlens[n + 1] - 1 and a state of its own; B = 1. Default: B sequences.
+        mode: "recurrent", "chunk" or "auto" (recurrent for T <= 16).
+        backend: "torch", "triton" (CPU tensors: interpreted; CUDA tensors: compiled) or "auto" (triton on CUDA where it
+            is installed, else torch).
+
+    q, k, v share one dtype: float16, bfloat16, float32 or float64. Any strides. Autocast casts nothing here.
+
+    Returns: Output(o [B, T, H, V] in v's dtype, state [N, H, K, V] in float32, float64 for float64 inputs).
+    Differentiable in q, k, v, beta and initial_state, through o and through state, once.
+    Raises: TypeError or ValueError that names the argument, what was wanted and what was got; ImportError when
+        backend="triton" and triton is missing; RuntimeError for a gradient of a gradient.
+    Source: Schlag, Irie, Schmidhuber 2021, equation 24; Yang et al. 2024, equation 2.
+    """
+    options = {"scale": scale, "initial_state": initial_state, "cu_seqlens": cu_seqlens}
+    sizes, way = _plan(q, k, v, beta, mode=mode, backend=backend, **options)
+    factor = float(sizes.K**-0.5 if scale is None else scale)
+    o, state = torch.ops.gdr_teach.delta_rule(
+        q, k, v, beta, initial_state, cu_seqlens, factor, way.backend, way.mode, way.chunk_size
+    )
+    return Output(o, state)
+
+
+def path(
+    q, k, v, beta, *, scale=None, initial_state=None, cu_seqlens=None, mode="auto", backend="auto"
+) -> Path:
+    """The way `delta_rule` would take with these arguments (see `gdr_teach.explain`)."""
+    options = {"scale": scale, "initial_state": initial_state, "cu_seqlens": cu_seqlens}
+    return _plan(q, k, v, beta, mode=mode, backend=backend, **options)[1]
+
+
+def _plan(q, k, v, beta, *, mode: str, backend: str, **options) -> tuple[Sizes, Path]:
+    tensors = {"q": q, "k": k, "v": v, "beta": beta}
+    sizes = check_call("delta_rule", LAYOUT, tensors, mode=mode, backend=backend, **options)
+    return sizes, choose("delta_rule", sizes, q, mode, backend)
+
+
+# -- the operator, forward ---------------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("gdr_teach::delta_rule", mutates_args=())
+def _forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    scale: float,
+    backend: str,
+    mode: str,
+    chunk_size: int,
+) -> tuple[Tensor, Tensor]:
+    check_cu_seqlens_values("delta_rule", cu_seqlens, q.shape[1])
+    options = {"scale": scale, "initial_state": initial_state, "cu_seqlens": cu_seqlens}
+    if backend == "triton":
+        from .recurrent import delta_recurrent
+
+        out = delta_recurrent(q, k, v, beta, **options)
+        return out.o, out.state
+    from .reference import delta_chunkwise, delta_recurrence
+
+    with torch.autocast(q.device.type, enabled=False):
+        if mode == "chunk":
+            out = delta_chunkwise(q, k, v, beta, chunk_size=chunk_size, **options)
+        else:
+            out = delta_recurrence(q, k, v, beta, **options)
+    return out.o.contiguous(), out.state.contiguous()
+
+
+@_forward.register_fake
+def _(q, k, v, beta, initial_state, cu_seqlens, scale, backend, mode, chunk_size):
+    N = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    state = q.new_empty((N, q.shape[2], q.shape[3], v.shape[3]), dtype=state_dtype(q.dtype))
+    return v.new_empty(v.shape), state
+
+
+# -- the operator, backward --------------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("gdr_teach::delta_rule_backward", mutates_args=())
+def _backward(
+    do: Tensor,
+    dstate: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    scale: float,
+    backend: str,
+    mode: str,
+    chunk_size: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    options = {
+        "dstate": dstate,
+        "scale": scale,
+        "initial_state": initial_state,
+        "cu_seqlens": cu_seqlens,
+    }
+    if backend == "triton":
+        from .recurrent import delta_recurrent_backward
+
+        return delta_recurrent_backward(do, q, k, v, beta, **options)
+    from .transpose import delta_chunkwise_backward, delta_recurrence_backward
+
+    with torch.autocast(q.device.type, enabled=False):
+        if mode == "chunk":
+            grads = delta_chunkwise_backward(do, q, k, v, beta, chunk_size=chunk_size, **options)
+        else:
+            grads = delta_recurrence_backward(do, q, k, v, beta, **options)
+    dq, dk, dv, dbeta, dstate0 = (x.contiguous() for x in grads)
+    return dq, dk, dv, dbeta, dstate0
+
+
+@_backward.register_fake
+def _(do, dstate, q, k, v, beta, initial_state, cu_seqlens, scale, backend, mode, chunk_size):
+    dq, dk, dv, dbeta, dstate0 = (x.new_empty(x.shape) for x in (q, k, v, beta, dstate))
+    return dq, dk, dv, dbeta, dstate0
+
+
+def _save(ctx, inputs, output):
+    q, k, v, beta, initial_state, cu_seqlens, *ctx.options = inputs
+    ctx.save_for_backward(q, k, v, beta, initial_state, cu_seqlens)
+
+
+def _gradients(ctx, do, dstate):
+    q, k, v, beta, initial_state, cu_seqlens = ctx.saved_tensors
+    dq, dk, dv, dbeta, dstate0 = torch.ops.gdr_teach.delta_rule_backward(
+        do, dstate, q, k, v, beta, initial_state, cu_seqlens, *ctx.options
+    )
+    return (
+        dq,
+        dk,
+        dv,
+        dbeta,
+        None if initial_state is None else dstate0,
+        None,
+        None,
+        None,
+        None,
+        None,
+    )
+
+
+def _no_second_gradient(ctx, *grads):
+    raise RuntimeError(
+        "delta_rule: wanted a gradient of first order, got a gradient of a gradient (create_graph=True), "
+        "which is not implemented; gdr_teach.delta.reference.delta_recurrence can be differentiated twice"
+    )
+
+
+_forward.register_autograd(_gradients, setup_context=_save)
+_backward.register_autograd(_no_second_gradient, setup_context=lambda ctx, inputs, output: None)

@@ -1,0 +1,224 @@
+"""What the tests stand on: a float64 oracle, hard inputs, and the one comparison.
+
+The oracle is written from the textbook's formula (state S_t of shape [V, K], a matrix product a token) and shares no
+line with `delta.reference`, so that the two can hold each other to account.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from .notation import Output, state_dtype
+
+KEYS = ("unit", "identical", "cos0.9", "orthonormal", "zero")
+
+
+class Inputs(NamedTuple):
+    """One call's tensors, in the order of `delta_rule`."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    beta: Tensor
+    initial_state: Tensor
+
+
+def delta_inputs(
+    B: int,
+    T: int,
+    H: int,
+    K: int,
+    V: int,
+    *,
+    dtype: torch.dtype = torch.float64,
+    keys: str = "unit",
+    beta: float | None = None,
+    N: int | None = None,
+    seed: int = 0,
+) -> Inputs:
+    """Random inputs of the delta rule, never zero by accident, keys of unit length.
+
+    Args: keys is one of `KEYS`: "unit" (random directions), "identical" (one key a head), "cos0.9" (every two keys of
+    a head have cosine 0.9), "orthonormal" (T <= K), "zero". beta: None draws from (0, 2), a number sets all.
+    N: sequences of the initial state, default B.
+    Returns: Inputs(q, k, v, beta, initial_state), drawn in float64 and rounded to dtype.
+    """
+    draw = torch.Generator().manual_seed(seed)
+
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=draw, dtype=torch.float64)
+
+    if keys not in KEYS:
+        raise ValueError(f"delta_inputs: keys must be one of {KEYS}, got {keys!r}")
+    free, common = normalize(randn(B, T, H, K), dim=-1), normalize(randn(B, 1, H, K), dim=-1)
+    if keys == "identical":
+        free = common.expand(B, T, H, K).clone()
+    elif keys == "cos0.9":
+        across = normalize(free - (free * common).sum(-1, keepdim=True) * common, dim=-1)
+        free = normalize(0.9**0.5 * common + 0.1**0.5 * across, dim=-1)
+    elif keys == "orthonormal":
+        if T > K:
+            raise ValueError(f"delta_inputs: orthonormal keys need T <= K, got T = {T}, K = {K}")
+        free = torch.linalg.qr(randn(B, H, K, T)).Q.permute(0, 3, 1, 2).contiguous()
+    elif keys == "zero":
+        free = torch.zeros_like(free)
+    step = 2 * torch.rand((B, T, H), generator=draw, dtype=torch.float64)
+    step = step if beta is None else torch.full_like(step, beta)
+    q, v, S0 = randn(B, T, H, K), randn(B, T, H, V), randn(B if N is None else N, H, K, V)
+    q, k, v, step = (x.to(dtype) for x in (q, free, v, step))
+    return Inputs(q, k, v, step, S0.to(state_dtype(dtype)))
+
+
+def delta_oracle(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    *,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> Output:
+    """S_t = S_{t-1} (I - beta_t k_t k_t^T) + beta_t v_t k_t^T, o_t = scale * S_t q_t: one token, one head at a time.
+
+    Args: as `gdr_teach.delta_rule`. Returns: Output(o, state) in float64, the state as [N, H, K, V]; differentiable.
+    """
+    q, k, v, beta = (x.double() for x in (q, k, v, beta))
+    B, T, H, K = k.shape
+    V = v.shape[-1]
+    scale = float(K**-0.5 if scale is None else scale)
+    if cu_seqlens is None:
+        spans = [(b, 0, T) for b in range(B)]
+    else:
+        ends = cu_seqlens.tolist()
+        spans = [(0, ends[n], ends[n + 1]) for n in range(len(ends) - 1)]
+    eye = torch.eye(K, dtype=torch.float64)
+    rows: dict[tuple[int, int, int], Tensor] = {}
+    finals = []
+    for n, (b, start, end) in enumerate(spans):
+        heads = []
+        for h in range(H):
+            S = torch.zeros(V, K, dtype=torch.float64)
+            if initial_state is not None:
+                S = initial_state[n, h].double().T
+            for t in range(start, end):
+                kt, step = k[b, t, h], beta[b, t, h]
+                S = S @ (eye - step * torch.outer(kt, kt)) + step * torch.outer(v[b, t, h], kt)
+                rows[b, t, h] = scale * (S @ q[b, t, h])
+            heads.append(S.T)
+        finals.append(torch.stack(heads) if heads else v.new_zeros(0, K, V))
+    o = v.new_zeros(B, T, H, V)
+    if rows:
+        flat = [rows[b, t, h] for b in range(B) for t in range(T) for h in range(H)]
+        o = torch.stack(flat).view(B, T, H, V)
+    return Output(o, torch.stack(finals) if finals else v.new_zeros(0, H, K, V))
+
+
+def gradients(op: Any, inputs: Inputs, do: Tensor, dstate: Tensor, **options) -> Inputs:
+    """The gradients of <o, do> + <state, dstate> in all five inputs of a call of `op`."""
+    leaves = [x.detach().clone().requires_grad_() for x in inputs]
+    out = op(*leaves[:4], initial_state=leaves[4], **options)
+    loss = (out.o * do.to(out.o.dtype)).sum() + (out.state * dstate.to(out.state.dtype)).sum()
+    if not loss.requires_grad:  # no token and no head: nothing depends on anything
+        return Inputs(*(torch.zeros_like(x) for x in leaves))
+    got = torch.autograd.grad(loss, leaves, allow_unused=True)
+    return Inputs(
+        *(torch.zeros_like(x) if g is None else g for x, g in zip(leaves, got, strict=True))
+    )
+
+
+# -- the one comparison ------------------------------------------------------------------------------------------------
+
+
+def assert_rows_close(
+    got: Tensor,
+    want: Tensor,
+    *,
+    rtol: float,
+    name: str = "result",
+    norm: str = "row",
+    rounded: Tensor | None = None,
+) -> None:
+    """Assert that `got` equals `want`, and first that the comparison could tell if it did not.
+
+    The last axis is a row, compared by its Euclidean length. The tensors must not share storage.
+
+    - norm="row": every row within rtol of its own length, or of a tenth of the root mean square length of all rows
+      where it is shorter than that (a row that is nearly zero by cancellation cannot have more digits than its terms).
+    - norm="tensor": the whole tensor within rtol of its length.
+    - rounded: the same algorithm carried out by PyTorch with rounding where the kernel rounds. Each row may then err
+      by twice as much as `rounded` errs, plus one unit in the last place of got's dtype; rtol is the floor.
+
+    Before that the comparison must reject zeros, a flipped sign, a shift by one token (axis 1, where there is more than
+    one) and one wrong row: a test that could not fail is an error. An empty tensor, or one that is exactly zero, is
+    compared exactly.
+    Raises: AssertionError that names the worst row.
+    """
+    if norm not in ("row", "tensor"):
+        raise ValueError(f"assert_rows_close: norm must be 'row' or 'tensor', got {norm!r}")
+    assert got.shape == want.shape, f"{name}: shape {list(got.shape)}, wanted {list(want.shape)}"
+    shared = (
+        got.numel() > 0 and got.untyped_storage().data_ptr() == want.untyped_storage().data_ptr()
+    )
+    assert not shared, (
+        f"{name}: got and want share storage, so they are equal whatever was computed"
+    )
+    exact = want.detach().double()
+    assert exact.isfinite().all(), f"{name}: the wanted values are not finite"
+    if exact.numel() == 0 or not exact.any():
+        assert not got.any(), f"{name}: wanted exact zeros, got up to {got.abs().max().item():.3g}"
+        return
+    allowed = _allowed(got.dtype, exact, rtol, norm, rounded)
+    for kind, wrong in _wrong_answers(exact):
+        rejected = _excess(wrong, exact, allowed, norm)[0] > 1
+        assert rejected, (
+            f"{name}: the comparison would accept {kind}; use other data or less tolerance"
+        )
+    worst, row = _excess(got.detach().double(), exact, allowed, norm)
+    where = "the whole tensor" if norm == "tensor" else f"row {row}"
+    assert worst <= 1, f"{name}: {where} errs {worst:.3g} times the allowed error (rtol {rtol:.1e})"
+
+
+def row_error(got: Tensor, want: Tensor) -> Tensor:
+    """The Euclidean length of got - want, row by row (last axis), in float64; nan and inf count as inf."""
+    error = (got.double() - want.double()).norm(dim=-1)
+    return torch.where(error.isfinite(), error, torch.full_like(error, torch.inf))
+
+
+def _allowed(dtype, want: Tensor, rtol: float, norm: str, rounded: Tensor | None) -> Tensor:
+    length = want.norm(dim=-1)
+    if norm == "tensor":
+        return rtol * want.norm()
+    floor = 0.1 * length.square().mean().sqrt()
+    allowed = rtol * torch.maximum(length, floor)
+    if rounded is not None:
+        ulp = torch.finfo(dtype).eps * torch.maximum(length, floor)
+        allowed = torch.maximum(allowed, 2 * row_error(rounded, want) + ulp)
+    return allowed
+
+
+def _excess(got: Tensor, want: Tensor, allowed: Tensor, norm: str) -> tuple[float, list[int]]:
+    # the largest error as a multiple of what is allowed, and its row
+    error = row_error(got, want)
+    if norm == "tensor":
+        return (error.norm() / allowed).item(), []
+    ratio = error / allowed
+    worst = int(ratio.argmax())
+    return ratio.flatten()[worst].item(), [
+        int(i) for i in torch.unravel_index(torch.tensor(worst), ratio.shape)
+    ]
+
+
+def _wrong_answers(want: Tensor):
+    yield "zeros", torch.zeros_like(want)
+    yield "a flipped sign", -want
+    if want.dim() >= 2 and want.shape[1] > 1 and not torch.equal(want.roll(1, dims=1), want):
+        yield "a shift by one token", want.roll(1, dims=1)
+    rows = want.reshape(-1, want.shape[-1])
+    if len(rows) > 1:
+        wrong = rows.clone()
+        longest = int(rows.norm(dim=-1).argmax())
+        wrong[longest] = -wrong[longest]
+        yield "one wrong row", wrong.view_as(want)
