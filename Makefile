@@ -22,7 +22,7 @@ help:
 	@echo 'make help           print this map'
 	@echo
 	@echo 'PYTHON=python3.12           the interpreter that .venv is built from'
-	@echo 'PIP_ARGS="--index-url ..."  passed on to pip'
+	@echo 'PIP_ARGS="..."              passed on to pip'
 	@echo 'LAB_ARGS="--no-browser"     passed on to JupyterLab'
 	@echo 'TEST_ARGS="-k delta"        passed on to pytest'
 

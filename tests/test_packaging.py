@@ -331,3 +331,35 @@ def test_either_failing_run_fails_the_target(tmp_path, notebooks, tests, wanted)
     assert run.returncode == wanted
     assert run.stdout.startswith("first\nlast ")
     assert "-k delta" in run.stdout
+
+
+# -- pages ---------------------------------------------------------------------------------------
+
+
+def test_links_between_pages_lead_somewhere():
+    broken = []
+    for page in (path for path in tracked() if path.suffix == ".md"):
+        for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text()):
+            if "://" not in target and not (page.parent / target).exists():
+                broken.append(f"{page.relative_to(ROOT)}: {target}")
+    assert not broken
+
+
+def test_readme_code_runs():
+    pytest.importorskip("triton")
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    names: dict = {}
+    exec(compile(code, "README.md", "exec"), names)
+    assert names["out"].o.shape == (2, 100, 3, 32)
+    assert names["out"].state.shape == (2, 3, 16, 32)
+    assert names["same"].o.allclose(names["out"].o[:, :8], atol=1e-6)
+    assert names["beta"].grad is not None
+
+
+def test_readme_names_no_chapter_that_is_not_there():
+    table, _, planned = (ROOT / "README.md").read_text().partition("Planned, not written yet:")
+    chapters = {path.name[:2] for path in (ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb")}
+    assert set(re.findall(r"^\| (\d\d) ", table, re.MULTILINE)) == chapters
+    listed = set(re.findall(r"\b(\d\d) ", planned.partition(".")[0]))
+    assert chapters | listed == {f"{n:02}" for n in range(12)}
+    assert not chapters & listed
