@@ -337,11 +337,15 @@ def test_either_failing_run_fails_the_target(tmp_path, notebooks, tests, wanted)
 
 
 def test_links_between_pages_lead_somewhere():
-    broken = []
-    for page in (path for path in tracked() if path.suffix == ".md"):
-        for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text()):
-            if "://" not in target and not (page.parent / target).exists():
-                broken.append(f"{page.relative_to(ROOT)}: {target}")
+    links = [
+        (page, target)
+        for page in tracked()
+        if page.suffix == ".md"
+        for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text())
+        if "://" not in target
+    ]
+    broken = [f"{page.name}: {to}" for page, to in links if not (page.parent / to).exists()]
+    assert links
     assert not broken
 
 
