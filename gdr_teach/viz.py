@@ -1,0 +1,314 @@
+"""Every figure of the course, each with alt text; needs the `course` extra (matplotlib, IPython).
+
+A figure function takes numbers, returns a matplotlib Figure and writes its alt text from those numbers:
+
+    show(recall_by_pairs(...))          # a cell's last line; the picture, and the same in words below it
+
+Colours are Okabe and Ito's, which colour-blind readers can tell apart; in grey print the markers, the dashes and
+the numbers inside the cells tell the rest. Nothing here computes a rule.
+"""
+
+import base64
+import hashlib
+import html
+import inspect
+import io
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+try:
+    from IPython.display import HTML, display
+    from matplotlib.figure import Figure
+except ImportError as error:
+    raise ImportError(
+        "gdr_teach.viz: the figures need matplotlib and IPython. Install the course extra: "
+        "pip install -c constraints.txt '.[course]'"
+    ) from error
+
+DPI = 80
+PNG_LIMIT = 40_000  # bytes, so that a page of figures stays small
+STYLES = (  # colour, marker, dashes: one row a curve
+    ("#D55E00", "o", "-"),
+    ("#0072B2", "s", "--"),
+    ("#009E73", "^", ":"),
+    ("#000000", "D", "-."),
+)
+POSITIVE, NEGATIVE = (
+    (0, 114, 178),
+    (230, 159, 0),
+)  # blue and orange, the two signs of a state's cells
+
+
+# -- showing -------------------------------------------------------------------------------------
+
+
+def describe(fig: Figure, alt: str) -> Figure:
+    """Give a figure its alt text; returns the figure."""
+    fig.set_label(" ".join(alt.split()))
+    return fig
+
+
+def show(fig: Figure, alt: str | None = None) -> None:
+    """Display a figure as a small PNG with its alt text, and the alt text once more in a line that unfolds.
+
+    The alt text travels in the output's metadata, where nbconvert and the site read it; JupyterLab and GitHub
+    show the picture and drop the attribute, so the folded line is what their readers' screen readers find.
+
+    Args: fig, from a function of this module; alt, words in place of the figure's own.
+    Raises: ValueError without alt text, or when the PNG is larger than PNG_LIMIT.
+    """
+    words = " ".join((alt or str(fig.get_label())).split())
+    if not words:
+        raise ValueError("show: alt must say what the figure shows, got none")
+    png = render(fig)
+    bundle = {"image/png": base64.b64encode(png).decode(), "text/plain": words}
+    display(bundle, raw=True, metadata={"image/png": {"alt": words}})
+    folded = (
+        f"<details><summary>This figure in words</summary><p>{html.escape(words)}</p></details>"
+    )
+    display({"text/html": folded, "text/plain": ""}, raw=True)
+
+
+def render(fig: Figure) -> bytes:
+    """The figure as PNG bytes, the same bytes every time; ValueError beyond PNG_LIMIT."""
+    file = io.BytesIO()
+    fig.savefig(file, format="png", dpi=DPI, metadata={"Software": None})
+    if file.tell() > PNG_LIMIT:
+        raise ValueError(f"show: the PNG must have at most {PNG_LIMIT} bytes, got {file.tell()}")
+    return file.getvalue()
+
+
+def source(*functions: Any) -> None:
+    """Display the source of functions or kernels as it is in the installed package, so that no copy can age."""
+    for f in functions:
+        plain = inspect.unwrap(getattr(f, "fn", f))  # a kernel keeps its function in .fn
+        text = inspect.getsource(plain).rstrip()
+        bundle = {"text/markdown": f"```python\n{text}\n```", "text/plain": text}
+        where = f"{plain.__module__}:{plain.__qualname__}"
+        display(bundle, raw=True, metadata={"text/markdown": {"source": where}})
+
+
+# -- curves --------------------------------------------------------------------------------------
+
+
+def recall_by_pairs(pairs: Sequence[int], errors: Mapping[str, Sequence[float]], K: int) -> Figure:
+    """Mean recall error against the number of stored pairs, one curve a rule; a line marks K pairs.
+
+    Args: pairs, the numbers of pairs stored; errors, name -> mean recall error at each; K, the key width.
+    """
+    fig, ax = _axes()
+    _curves(ax, pairs, errors)
+    ax.axvline(K, color="0.5", lw=1)
+    ax.annotate(f"K = {K}", (K, 0.98), xycoords=("data", "axes fraction"), xytext=(4, 0),
+                textcoords="offset points", va="top", color="0.35")  # fmt: skip
+    ax.set_xlabel("stored pairs T")
+    ax.set_ylabel(r"mean recall error $|S^T k - v|\,/\,|v|$")
+    ax.legend(frameon=False)
+    ends = "; ".join(
+        f"{name}: {_at(pairs, y, K)} at {K} pairs, {y[-1]:.2f} at {pairs[-1]}"
+        for name, y in errors.items()
+    )
+    return describe(
+        fig,
+        f"Line chart of the mean recall error against the number of stored pairs, from {pairs[0]} to "
+        f"{pairs[-1]}, for keys of width {K}. {ends}.",
+    )
+
+
+def recall_by_age(errors: Mapping[str, Sequence[float]]) -> Figure:
+    """Mean recall error of a pair against how many writes came after it, one curve a rule.
+
+    Args: errors, name -> error at age 0 (the newest pair), 1, 2, ...
+    """
+    fig, ax = _axes()
+    ages = list(range(len(next(iter(errors.values())))))
+    _curves(ax, ages, errors)
+    ax.set_xlabel("age: writes since the pair was stored")
+    ax.set_ylabel(r"mean recall error $|S^T k - v|\,/\,|v|$")
+    ax.legend(frameon=False)
+    ends = "; ".join(
+        f"{name}: {y[0]:.2f} for the newest pair, {y[-1]:.2f} for one followed by {ages[-1]} more writes"
+        for name, y in errors.items()
+    )
+    return describe(fig, f"Line chart of the mean recall error against a pair's age. {ends}.")
+
+
+def error_by_beta(beta: Sequence[float], measured: Sequence[float]) -> Figure:
+    """What is left of the error after one write, against the step size: the line |1 - beta| and measured dots.
+
+    Args: beta, step sizes; measured, |r after| / |r before| at each, for keys of length 1.
+    """
+    fig, ax = _axes()
+    x = np.linspace(min(beta), max(beta), 301)
+    (colour, _, _), (dots, marker, _) = STYLES[:2]
+    ax.axhspan(1, max(1.05, max(measured) * 1.05), color="0.92")
+    ax.text(min(beta) + 0.02, 1.02, "error grows", va="bottom", color="0.35")
+    ax.plot(x, np.abs(1 - x), color=colour, label=r"$|1-\beta|$")
+    ax.plot(beta, measured, marker, color=dots, mfc="white", label="measured")
+    for at, words in (
+        (0, "nothing\nwritten"),
+        (1, "exact\noverwrite"),
+        (2, "same size,\nother sign"),
+    ):
+        ax.annotate(words, (at, abs(1 - at)), xytext=(at, 0.52 if at == 1 else 0.55), ha="center",
+                    fontsize="small", arrowprops={"arrowstyle": "-", "color": "0.6"})  # fmt: skip
+    ax.set_xlabel(r"step size $\beta$ (no unit)")
+    ax.set_ylabel("error left after one write,\nas a share of the error before")
+    ax.legend(frameon=False, loc="lower left")
+    return describe(
+        fig,
+        "A V-shaped line, the absolute value of 1 minus beta, with measured dots on it. The error left after one "
+        "write is all of it at beta 0, nothing at beta 1, all of it again at beta 2 with the sign turned, and "
+        f"grows beyond: {measured[-1]:.2f} times the error before at beta {beta[-1]:g}.",
+    )
+
+
+def _axes() -> tuple[Figure, Any]:
+    fig = Figure(figsize=(6.4, 3.4), layout="constrained")
+    ax = fig.add_subplot()
+    ax.spines[["top", "right"]].set_visible(False)
+    return fig, ax
+
+
+def _curves(ax, x: Sequence[float], lines: Mapping[str, Sequence[float]]) -> None:
+    for (name, y), (colour, marker, dashes) in zip(lines.items(), STYLES, strict=False):
+        ax.plot(x, y, color=colour, marker=marker, ls=dashes, ms=4.5, label=name)
+
+
+def _at(x: Sequence[float], y: Sequence[float], at: float) -> str:
+    return f"{np.interp(at, x, y):.2f}"
+
+
+# -- states --------------------------------------------------------------------------------------
+
+
+def states(panels: Mapping[str, Any], *, alt: str | None = None) -> Figure:
+    """States [K, V] side by side as heat maps on one colour scale; small ones carry their numbers.
+
+    Args: panels, title -> state; alt, one more sentence for the alt text.
+    """
+    S = {title: np.asarray(x, dtype=float) for title, x in panels.items()}
+    top = max(float(np.abs(x).max(initial=0.0)) for x in S.values()) or 1.0
+    K, V = next(iter(S.values())).shape
+    fig = Figure(figsize=(1.2 + 2.1 * len(S), 2.9), layout="constrained")
+    axes = fig.subplots(1, len(S), squeeze=False)[0]
+    for ax, (title, x) in zip(axes, S.items(), strict=True):
+        picture = ax.imshow(x, cmap="PuOr", vmin=-top, vmax=top, aspect="auto")
+        ax.set_title(title, fontsize="medium")
+        ax.set_xlabel("value channel (V)")
+        ax.set_xticks(range(V))
+        ax.set_yticks(range(K))
+        if x.size <= 64:
+            for (i, j), cell in np.ndenumerate(x):
+                dark = abs(cell) > 0.6 * top
+                ax.text(j, i, _number(cell), ha="center", va="center", fontsize="small",
+                        color="white" if dark else "black")  # fmt: skip
+    axes[0].set_ylabel("key channel (K)")
+    fig.colorbar(picture, ax=list(axes), label="entry of S (units of v)", shrink=0.9)
+    rows = ". ".join(
+        f"{title}: " + "; ".join(", ".join(_number(c) for c in row) for row in x)
+        for title, x in S.items()
+        if x.size <= 64
+    )
+    words = f"Heat maps of states with {K} key channels (rows) and {V} value channels (columns). {rows}. "
+    return describe(fig, words + (alt or ""))
+
+
+class Step(NamedTuple):
+    """One frame of the scrubber: the state after a token and a sentence on what the token did."""
+
+    S: Any  # [K, V]
+    note: str
+
+
+def scrubber(steps: Sequence[Step], *, title: str) -> HTML:
+    """The state over time, to step through: plain HTML and a little script, no widgets, nothing fetched.
+
+    Without script all frames stand side by side. Entries that a token changed are framed. Keys: the slider takes
+    the arrow keys, Home and End, the buttons Enter and Space.
+    """
+    arrays = [np.asarray(s.S, dtype=float) for s in steps]
+    top = max(float(np.abs(x).max(initial=0.0)) for x in arrays) or 1.0
+    frames = []
+    for t, (x, step) in enumerate(zip(arrays, steps, strict=True)):
+        old = arrays[t - 1] if t else x
+        frames.append(_frame(t, x, old, top, step.note))
+    name = "gdr-" + hashlib.sha256("".join([title, *frames]).encode()).hexdigest()[:8]
+    body = _PAGE.replace("NAME", name).replace("TITLE", html.escape(title))
+    return HTML(body.replace("LAST", str(len(steps) - 1)).replace("FRAMES", "\n".join(frames)))
+
+
+def _frame(t: int, x: np.ndarray, old: np.ndarray, top: float, note: str) -> str:
+    head = "".join(f'<th scope="col">v{j}</th>' for j in range(x.shape[1]))
+    rows = []
+    for i, (row, was) in enumerate(zip(x, old, strict=True)):
+        cells = "".join(_cell(c, w, top) for c, w in zip(row, was, strict=True))
+        rows.append(f'<tr><th scope="row">k{i}</th>{cells}</tr>')
+    return (
+        f'<section style="width:15em"><table style="border-collapse:separate;border-spacing:3px;margin:0">'
+        f'<caption style="text-align:left;color:#111">state after {t} token{"" if t == 1 else "s"}</caption>'
+        f"<thead><tr><td></td>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
+        f'<p style="margin:.4em 0">{html.escape(note)}</p></section>'
+    )
+
+
+def _cell(c: float, was: float, top: float) -> str:
+    share = 0.75 * abs(c) / top
+    sign = POSITIVE if c > 0 else NEGATIVE
+    r, g, b = (round(255 + share * (channel - 255)) for channel in sign)
+    frame = "#111" if abs(c - was) > 1e-9 else "transparent"
+    style = f"background:rgb({r},{g},{b});border:2px solid {frame}"
+    return f'<td style="{style};padding:.2em .5em;text-align:right;color:#111">{_number(c)}</td>'
+
+
+def _number(x: float) -> str:
+    text = f"{x:.2f}"
+    return (text[1:] if float(text) == 0 and text[0] == "-" else text).replace("-", "−")
+
+
+_PAGE = """\
+<div id="NAME" data-lm-suppress-shortcuts="true" style="background:#fff;color:#111;padding:.8em;\
+border:1px solid #bbb;font:14px/1.4 sans-serif">
+<p style="margin:0 0 .5em"><strong>TITLE</strong></p>
+<div class="frames" style="display:flex;flex-wrap:wrap;gap:1em 2em">
+FRAMES
+</div>
+</div>
+<script>
+(function () {
+  var box = document.getElementById("NAME");
+  if (!box || box.querySelector("input")) return;
+  var frames = box.querySelectorAll("section"), last = LAST;
+  var bar = document.createElement("div");
+  bar.style.cssText = "display:flex;gap:.6em;align-items:center;margin-bottom:.6em";
+  function add(tag, set) {
+    var e = document.createElement(tag);
+    for (var key in set) e[key] = set[key];
+    bar.appendChild(e);
+    return e;
+  }
+  var back = add("button", {type: "button", textContent: "\\u25c0 back"});
+  var slider = add("input", {type: "range", min: 0, max: last, step: 1, value: 0});
+  slider.setAttribute("aria-label", "token t");
+  var on = add("button", {type: "button", textContent: "next \\u25b6"});
+  var told = add("output", {});
+  told.setAttribute("aria-live", "polite");
+  function draw() {
+    var t = Number(slider.value);
+    frames.forEach(function (f, i) { f.style.display = i === t ? "" : "none"; f.style.width = ""; });
+    told.textContent = "t = " + t + " of " + last;
+    slider.setAttribute("aria-valuetext", told.textContent);
+    back.disabled = t === 0;
+    on.disabled = t === last;
+  }
+  function move(by) { slider.value = Number(slider.value) + by; draw(); }
+  back.onclick = function () { move(-1); };
+  on.onclick = function () { move(1); };
+  slider.oninput = draw;
+  box.insertBefore(bar, box.children[1]);
+  draw();
+})();
+</script>
+"""
