@@ -11,10 +11,10 @@ import contextlib
 import io
 import re
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import triton
+import triton.knobs as knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -73,7 +73,6 @@ def compile_launch(launch: Launch, target: str) -> Report:
     source = ASTSource(fn=fn, signature=signature, constexprs=constexprs, attrs=attrs)
     options = {k: v for k, v in launch.kwargs.items() if k in ("num_warps", "num_stages")}
     log = io.StringIO()
-    knobs: Any = triton.knobs  # made at import time, unknown to a type checker
     with knobs.compilation.scope(), knobs.nvidia.scope(), contextlib.redirect_stdout(log):
         knobs.compilation.always_compile = (
             True  # a cached kernel would not be assembled, and say nothing

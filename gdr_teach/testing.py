@@ -120,7 +120,7 @@ def gradients(op: Any, inputs: Inputs, do: Tensor, dstate: Tensor, **options) ->
     """The gradients of <o, do> + <state, dstate> in all five inputs of a call of `op`."""
     leaves = [x.detach().clone().requires_grad_() for x in inputs]
     out = op(*leaves[:4], initial_state=leaves[4], **options)
-    loss = (out.o * do.to(out.o.dtype)).sum() + (out.state * dstate.to(out.state.dtype)).sum()
+    loss = (out.o.double() * do).sum() + (out.state.double() * dstate).sum()
     if not loss.requires_grad:  # no token and no head: nothing depends on anything
         return Inputs(*(torch.zeros_like(x) for x in leaves))
     got = torch.autograd.grad(loss, leaves, allow_unused=True)
@@ -149,7 +149,8 @@ def assert_rows_close(
       where it is shorter than that (a row that is nearly zero by cancellation cannot have more digits than its terms).
     - norm="tensor": the whole tensor within rtol of its length.
     - rounded: the same algorithm carried out by PyTorch with rounding where the kernel rounds. Each row may then err
-      by twice as much as `rounded` errs, plus one unit in the last place of got's dtype; rtol is the floor.
+      by twice as much, for its length, as the worst row of `rounded`, plus one unit in the last place of got's dtype.
+      (Not of the same row: sums in another order draw another error from the same distribution.)
 
     Before that the comparison must reject zeros, a flipped sign, a shift by one token (axis 1, where there is more than
     one) and one wrong row: a test that could not fail is an error. An empty tensor, or one that is exactly zero, is
@@ -191,12 +192,11 @@ def _allowed(dtype, want: Tensor, rtol: float, norm: str, rounded: Tensor | None
     length = want.norm(dim=-1)
     if norm == "tensor":
         return rtol * want.norm()
-    floor = 0.1 * length.square().mean().sqrt()
-    allowed = rtol * torch.maximum(length, floor)
+    length = torch.maximum(length, 0.1 * length.square().mean().sqrt())
     if rounded is not None:
-        ulp = torch.finfo(dtype).eps * torch.maximum(length, floor)
-        allowed = torch.maximum(allowed, 2 * row_error(rounded, want) + ulp)
-    return allowed
+        worst = (row_error(rounded, want) / length).max().item()
+        rtol = max(rtol, 2 * worst + torch.finfo(dtype).eps)
+    return rtol * length
 
 
 def _excess(got: Tensor, want: Tensor, allowed: Tensor, norm: str) -> tuple[float, list[int]]:

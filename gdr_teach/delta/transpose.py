@@ -73,7 +73,7 @@ def delta_chunkwise_backward(
 
     With L = tril_{-1}(K K^T), A = tril(Q K^T), P = V - K S and dO already multiplied by scale:
 
-        dU = K D + A^T dO          dP = T^T dU          D <- D + Q^T dO - K^T dP                      (2.13)
+        dU = A^T dO + K D          dP = T^T dU          D <- D + Q^T dO - K^T dP                      (2.13)
         G = tril_{-1}(dP U^T)      dA = tril(dO U^T)    dV = dP                                       (2.14)
         dQ = dO S^T + dA K         dK = U D^T + dA^T Q - dP S^T - (G + G^T) K                         (2.15)
         dbeta = rowsum((P - L U) * (dU - L^T dP))                                                     (2.16)
@@ -92,23 +92,27 @@ def delta_chunkwise_backward(
     Q, K, V, dO = (chunks(x.to(S.dtype), chunk_size) for x in (q, k, v, do))  # [B, H, N, C, .]
     b = chunks(beta.to(S.dtype)[..., None], chunk_size)  # [B, H, N, C, 1]
     dO = scale * dO
-    T = correction_matrix(K, b)
     A, L = (Q @ K.mT).tril(), (K @ K.mT).tril(-1)
+    dU = A.mT @ dO
+    T = correction_matrix(K, b)  # in float64: rounded once it is multiplied
+    u, w, y, x = (
+        (M @ z.to(T.dtype)).to(S.dtype) for M, z in ((T, V), (T, K), (T.mT, dU), (T.mT, K))
+    )
     N = Q.shape[2]
 
     starts, U = S.new_empty((*S.shape[:2], N, *S.shape[2:])), torch.empty_like(V)
     for n in range(N):
         starts[:, :, n] = S
-        U[:, :, n] = T[:, :, n] @ (V[:, :, n] - K[:, :, n] @ S)  # (2.6)
+        U[:, :, n] = u[:, :, n] - w[:, :, n] @ S  # (2.6)
         S = S + K[:, :, n].mT @ U[:, :, n]  # (2.8)
-    ends, dU, dP = torch.empty_like(starts), A.mT @ dO, torch.empty_like(V)
+    ends, dP = torch.empty_like(starts), torch.empty_like(V)
     D = dstate.clone()
     for n in reversed(range(N)):
         ends[:, :, n] = D
-        dU[:, :, n] += K[:, :, n] @ D  # (2.13)
-        dP[:, :, n] = T[:, :, n].mT @ dU[:, :, n]
+        dP[:, :, n] = y[:, :, n] + x[:, :, n] @ D  # (2.13)
         D = D + Q[:, :, n].mT @ dO[:, :, n] - K[:, :, n].mT @ dP[:, :, n]
 
+    dU = dU + K @ ends
     G, dA = (dP @ U.mT).tril(-1), (dO @ U.mT).tril()  # (2.14)
     dQ = dO @ starts.mT + dA @ K  # (2.15)
     dK = U @ ends.mT + dA.mT @ Q - dP @ starts.mT - (G + G.mT) @ K
