@@ -1,5 +1,6 @@
 """What stands around the code: metadata that must agree, the Makefile, and the scripts behind it."""
 
+import ast
 import os
 import re
 import shutil
@@ -300,10 +301,10 @@ def stand_in(path: Path, body: str) -> None:
     path.chmod(0o755)
 
 
-def script(name: str, folder: Path, *args: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        ["sh", str(ROOT / "tools" / name), *args], cwd=folder, capture_output=True, text=True
-    )
+def script(name: str, folder: Path, *args: str, **environment: str) -> subprocess.CompletedProcess:
+    command = ["sh", str(ROOT / "tools" / name), *args]
+    env = os.environ | environment
+    return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
 
 
 def test_lab_copies_exercises_then_opens_the_course(tmp_path):
@@ -319,6 +320,36 @@ def test_lab_copies_exercises_then_opens_the_course(tmp_path):
     assert words[-1] == "--no-browser"
     assert f"--ServerApp.root_dir={tmp_path}" in words
     assert ("--allow-root" in words) == (os.geteuid() == 0)
+
+
+@pytest.mark.parametrize(
+    ("shell", "wanted"),
+    [
+        ("/bin/dash", ["/bin/dash"]),
+        ("/bin/bash", ["/bin/bash", "--rcfile", "{}/tools/terminal.sh"]),
+    ],
+)
+def test_terminals_of_lab_are_not_login_shells(tmp_path, shell, wanted):
+    folder = tmp_path / "reader's course"
+    stand_in(folder / ".venv/bin/gdr-teach", "")
+    stand_in(folder / ".venv/bin/jupyter", 'for word in "$@"; do echo "$word"; done')
+    words = script("lab.sh", folder, SHELL=shell).stdout.splitlines()
+    (setting,) = (word for word in words if "terminado" in word)
+    settings = ast.literal_eval(setting.partition("=")[2])
+    assert settings == {"shell_command": [word.format(folder) for word in wanted]}
+
+
+def test_terminals_find_the_environment_first(tmp_path):
+    if shutil.which("bash") is None:
+        pytest.skip("no bash")
+    (tmp_path / ".bashrc").write_text("PATH=/elsewhere:$PATH\n")
+    run = subprocess.run(
+        ["bash", "-c", f"source '{ROOT}/tools/terminal.sh'; echo $PATH"],
+        env={"HOME": str(tmp_path), "PATH": os.environ["PATH"], "COURSE_BIN": "/course/bin"},
+        capture_output=True,
+        text=True,
+    )
+    assert run.stdout.startswith("/course/bin:/elsewhere:")
 
 
 @pytest.mark.parametrize(

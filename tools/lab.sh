@@ -4,16 +4,20 @@ set -eu
 
 .venv/bin/gdr-teach my
 
-# Terminals inside Lab find gdr-teach. A login shell would read /etc/profile, which resets PATH
-# on some systems, so Lab is told to start a plain one.
-PATH="$PWD/.venv/bin:$PATH"
-export PATH
+# Lab's terminals find gdr-teach and the environment's python. They must not be login shells, which is Lab's
+# default without a screen: /etc/profile resets PATH on some systems. A ~/.bashrc may put another python in
+# front, so bash starts from a file of ours that has the last word.
+COURSE_BIN="$PWD/.venv/bin"
+PATH="$COURSE_BIN:$PATH"
+export COURSE_BIN PATH
 shell=${SHELL:-/bin/sh}
+command="[\"$shell\"]"
+[ "${shell##*/}" != bash ] || command="[\"$shell\", \"--rcfile\", \"$PWD/tools/terminal.sh\"]"
 
 [ "$(id -u)" -ne 0 ] || set -- --allow-root "$@"
 
 exec .venv/bin/jupyter lab \
     --ServerApp.root_dir="$PWD" \
-    --ServerApp.terminado_settings="{'shell_command': ['$shell']}" \
+    --ServerApp.terminado_settings="{'shell_command': $command}" \
     --LabApp.default_url=/lab/tree/notebooks/00_start_here.ipynb \
     "$@"
