@@ -39,6 +39,7 @@ check: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
+	$(BIN)/python tools/notebooks.py --check
 
 format: setup
 	$(BIN)/ruff check --fix-only .

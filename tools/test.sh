@@ -6,7 +6,7 @@ set -eu
 
 notebooks=0
 .venv/bin/python -m pytest -n 2 --dist loadscope -p no:randomly \
-    --nbval-lax --nbval-current-env notebooks solutions || notebooks=$?
+    --nbval-lax --nbval-current-env --nbval-cell-timeout 60 notebooks solutions || notebooks=$?
 .venv/bin/python -m pytest -n 2 --durations=5 "$@"
 [ "$notebooks" -eq 0 ] || {
     echo "the tests passed, the notebooks did not: see above" >&2
