@@ -1,0 +1,110 @@
+"""The process that learners' processes are forked from: it has imported torch and triton once, and no reference.
+
+Started by `client.Server` as a fresh interpreter, so that a Jupyter kernel full of threads is never forked. It is
+sent one end of a channel at a time, forks a worker that owns it, answers with the worker's process id, and, when
+the worker has ended, with how; before that it kills whatever the worker left behind.
+"""
+
+import os
+import shutil
+import signal
+import socket
+import sys
+import tempfile
+import time
+from contextlib import suppress
+from pathlib import Path
+
+from .protocol import Ended, send
+
+
+def serve(control: socket.socket, scratch: Path) -> None:
+    """Serve until the other side closes the control channel."""
+    from . import confine, worker
+
+    confine.adopt_orphans()
+    confine.die_with_parent()
+    signal.signal(
+        signal.SIGINT, signal.SIG_IGN
+    )  # Ctrl-C is for the grader, which then closes the channel
+    has_triton = _warm_up()
+    hidden = _hidden()
+    send(control, {"kind": "hello", "triton": has_triton})
+    while True:
+        _, descriptors, _, _ = socket.recv_fds(control, 1, 1)
+        if not descriptors:
+            return
+        channel = socket.socket(fileno=descriptors[0])
+        folder = Path(tempfile.mkdtemp(dir=scratch))  # one job leaves nothing for the next
+        pid = os.fork()
+        if pid == 0:
+            _be_worker(worker, channel, folder, hidden)
+        channel.close()
+        send(control, {"kind": "started", "pid": pid})
+        _, status = os.waitpid(pid, 0)
+        _end_descendants()
+        with suppress(RecursionError):
+            shutil.rmtree(folder, ignore_errors=True)
+        send(control, {"kind": "ended", "code": os.waitstatus_to_exitcode(status)})
+
+
+def _be_worker(worker, channel: socket.socket, scratch: Path, hidden: list[Path]) -> None:
+    try:
+        worker.run(channel, scratch, hidden)
+    except Ended:
+        os._exit(0)
+    finally:
+        os._exit(1)  # never back into the server's loop
+
+
+def _warm_up() -> bool:
+    """Import what answers use, once. Returns whether kernels can be run."""
+    import torch
+
+    torch.set_num_threads(1)  # a pool of threads would not survive the fork
+    try:
+        import triton  # noqa: F401
+
+        from .. import runtime, sanitizer  # noqa: F401
+        from . import launch  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+def _hidden() -> list[Path]:
+    """Files that hold answers: the package but for what learners import, and the repository's solutions and tests."""
+    from .answer import OPEN
+
+    package = Path(__file__).resolve().parents[1]
+    shown = {package.joinpath(*name.split(".")[1:]) for name in OPEN}
+    hidden = [
+        path
+        for folder in (package, package / "grading")
+        for path in folder.iterdir()
+        if path.with_suffix("") not in shown and path.stem != "__init__"
+    ]
+    beside = [package.parent / name for name in ("solutions", "tests", ".git")]
+    return hidden + [path for path in beside if path.exists()]
+
+
+def _end_descendants() -> None:
+    """Kill until none is left: a process that forks while it is hunted is met again in the next round."""
+    import psutil
+
+    deadline = time.monotonic() + 5
+    while time.monotonic() < deadline:
+        found = psutil.Process().children(recursive=True)
+        if not found:
+            return
+        for process in found:
+            with suppress(psutil.Error):
+                process.kill()
+        with suppress(ChildProcessError):
+            while os.waitpid(-1, os.WNOHANG)[0]:
+                pass
+        time.sleep(0.001)
+
+
+if __name__ == "__main__":
+    serve(socket.socket(fileno=int(sys.argv[1])), Path(sys.argv[2]))
