@@ -1,6 +1,7 @@
 """What stands around the code: metadata that must agree, the Makefile, and the scripts behind it."""
 
 import ast
+import importlib.metadata
 import os
 import re
 import shutil
@@ -15,6 +16,8 @@ from pathlib import Path
 import pytest
 import yaml
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+from packaging.version import Version
 
 import gdr_teach
 
@@ -78,6 +81,20 @@ def test_constraints_are_exact_portable_versions():
     assert not bad
     assert len(lines) == len(constraints())
     assert "fla-core" in constraints()
+
+
+def test_pins_are_for_the_oldest_python():
+    oldest = Version(PROJECT["requires-python"].removeprefix(">=") + ".0")
+    refused = []
+    for name, version in constraints().items():
+        try:
+            about = importlib.metadata.metadata(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+        admits = SpecifierSet(about["Requires-Python"] or "")
+        if about["Version"].split("+")[0] == version and oldest not in admits:
+            refused.append(f"{name}=={version} wants Python {admits}")
+    assert not refused
 
 
 def test_conda_installs_the_same():

@@ -13,12 +13,14 @@ import re
 import subprocess
 import sys
 import tempfile
+import tomllib
 import venv
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 FILE = ROOT / "constraints.txt"
 RESOLVED = "# resolved by `make constraints`\n"
+OLDEST_PYTHON = "3.11.0"  # some packages ask for a later 3.11.x
 # Of the environment itself, or drawn in and pinned by CUDA builds of torch: not ours to pin.
 LEFT_OUT = re.compile(r"^(gdr[-_]teach|pip|setuptools|nvidia[-_].*|cuda[-_].*)$")
 
@@ -37,25 +39,29 @@ def names(block: str) -> set[str]:
     return {line.split("==")[0] for line in block.splitlines() if "==" in line}
 
 
+def requirements() -> list[str]:
+    """All that the package and its extras ask for."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    return sum(project["optional-dependencies"].values(), project["dependencies"])
+
+
 def resolve(block: str) -> dict[str, str]:
-    """Name to version of all that a fresh environment installs under `block`."""
+    """Name to version of all that would be installed under `block`, on the oldest Python we promise."""
     with tempfile.TemporaryDirectory() as folder:
         venv.create(folder, with_pip=True)
-        pins = Path(folder) / "chosen.txt"
-        pins.write_text(block)
         pip = [str(Path(folder) / "bin" / "python"), "-m", "pip", "--disable-pip-version-check"]
-        install = [*pip, "install", "--quiet", "--constraint", str(pins)]
-        subprocess.run([*install, f"{ROOT}[course,test,bench]"], check=True)
-        subprocess.run([*install, "--no-deps", "fla-core"], check=True)
-        listed = subprocess.run(
-            [*pip, "list", "--format", "json"], check=True, stdout=subprocess.PIPE
-        )
+        # A new pip resolves from the index's metadata and downloads nothing.
+        subprocess.run([*pip, "install", "--quiet", "--upgrade", "pip"], check=True)
+        pins, report = Path(folder) / "chosen.txt", Path(folder) / "report.json"
+        pins.write_text(block)
+        oldest = ["--python-version", OLDEST_PYTHON, "--only-binary", ":all:", "--target", folder]
+        dry = ["install", "--quiet", "--dry-run", "--ignore-installed", "--report", str(report)]
+        pinned = ["--constraint", str(pins), *requirements()]
+        subprocess.run([*pip, *dry, *oldest, *pinned], check=True)
+        found = [item["metadata"] for item in json.loads(report.read_text())["install"]]
     # "2.13.0+cpu" names one build of 2.13.0; the constraint is on the version.
-    found = {
-        p["name"].lower().replace("_", "-"): p["version"].split("+")[0]
-        for p in json.loads(listed.stdout)
-    }
-    return {name: version for name, version in found.items() if not LEFT_OUT.match(name)}
+    versions = {p["name"].lower().replace("_", "-"): p["version"].split("+")[0] for p in found}
+    return {name: version for name, version in versions.items() if not LEFT_OUT.match(name)}
 
 
 def main() -> int:
