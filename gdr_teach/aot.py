@@ -72,6 +72,7 @@ def compile_launch(launch: Launch, target: str) -> Report:
     }
     source = ASTSource(fn=fn, signature=signature, constexprs=constexprs, attrs=attrs)
     options = {k: v for k, v in launch.kwargs.items() if k in ("num_warps", "num_stages")}
+    options["enable_fp_fusion"] = True  # triton 3.9 warns that its default will change
     log = io.StringIO()
     with knobs.compilation.scope(), knobs.nvidia.scope(), contextlib.redirect_stdout(log):
         knobs.compilation.always_compile = (

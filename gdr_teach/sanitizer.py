@@ -73,7 +73,7 @@ class Sanitizer(Observer):
         if tensor.numel():
             self._memory(tensor).undefined[_starts(tensor)] = True
 
-    def launched(self, name: str, tensors: dict[str, Tensor], grid: tuple[int, ...]) -> None:  # noqa: ARG002
+    def launched(self, name: str, tensors: dict[str, Tensor], grid: tuple[int, ...]) -> None:
         """Learn the arguments of a launch, and forget who wrote and read in the one before."""
         self.programs.clear()
         self.arguments.clear()

@@ -16,6 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import pad
 
+from ..arguments import check_positive_int
 from ..notation import Output, state_dtype
 from ..packing import per_document
 
@@ -77,6 +78,7 @@ def delta_chunkwise(
     Args: as `gdr_teach.delta_rule`, and chunk_size C >= 1. The last chunk is filled up with beta = 0 and k = 0,
     tokens that change nothing. Returns: Output(o [B, T, H, V] in v's dtype, state [N, H, K, V]).
     """
+    chunk_size = check_positive_int("delta_chunkwise", "chunk_size", chunk_size)
     if cu_seqlens is not None:
         states, options = (
             {"initial_state": initial_state},
