@@ -8,13 +8,14 @@ BIN := .venv/bin
 export PYTHON PIP_ARGS
 
 .DEFAULT_GOAL := help
-.PHONY: help lab test check format bench constraints setup clean
+.PHONY: help lab test check format notebooks bench constraints setup clean
 
 help:
 	@echo 'make lab            set up, then open the course in JupyterLab'
 	@echo 'make test           set up, then run every test and every notebook'
 	@echo 'make check          lint, format, types; notebooks and exercises in step with their sources'
 	@echo 'make format         rewrite the code in the one format'
+	@echo 'make notebooks      build the exercises and execute the notebooks whose sources changed'
 	@echo 'make bench          time the ops on this machine'
 	@echo 'make constraints    resolve constraints.txt anew in a fresh environment'
 	@echo 'make setup          only build .venv (the others do it when needed)'
@@ -40,10 +41,15 @@ check: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 	$(BIN)/python tools/notebooks.py --check
+	$(BIN)/python -m gdr_teach.grading.build --check
 
 format: setup
 	$(BIN)/ruff check --fix-only .
 	$(BIN)/ruff format .
+
+notebooks: setup
+	$(BIN)/python -m gdr_teach.grading.build
+	$(BIN)/python tools/notebooks.py
 
 bench: setup
 	$(BIN)/python benchmarks/run.py
