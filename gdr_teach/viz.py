@@ -20,6 +20,7 @@ import numpy as np
 
 try:
     from IPython.display import HTML, display
+    from matplotlib.colors import LinearSegmentedColormap
     from matplotlib.figure import Figure
 except ImportError as error:
     raise ImportError(
@@ -50,13 +51,13 @@ def describe(fig: Figure, alt: str) -> Figure:
     return fig
 
 
-def show(fig: Figure, alt: str | None = None) -> None:
+def show(fig: Figure, alt: str | None = None, *, name: str = "This figure") -> None:
     """Display a figure as a small PNG with its alt text, and the alt text once more in a line that unfolds.
 
     The alt text travels in the output's metadata, where nbconvert and the site read it; JupyterLab and GitHub
     show the picture and drop the attribute, so the folded line is what their readers' screen readers find.
 
-    Args: fig, from a function of this module; alt, words in place of the figure's own.
+    Args: fig, from a function of this module; alt, words in place of the figure's own; name, such as "Figure 2.1".
     Raises: ValueError without alt text, or when the PNG is larger than PNG_LIMIT.
     """
     words = " ".join((alt or str(fig.get_label())).split())
@@ -65,9 +66,7 @@ def show(fig: Figure, alt: str | None = None) -> None:
     png = render(fig)
     bundle = {"image/png": base64.b64encode(png).decode(), "text/plain": words}
     display(bundle, raw=True, metadata={"image/png": {"alt": words}})
-    folded = (
-        f"<details><summary>This figure in words</summary><p>{html.escape(words)}</p></details>"
-    )
+    folded = f"<details><summary>{html.escape(name)} in words</summary><p>{html.escape(words)}</p></details>"
     display({"text/html": folded, "text/plain": ""}, raw=True)
 
 
@@ -82,12 +81,20 @@ def render(fig: Figure) -> bytes:
 
 def source(*functions: Any) -> None:
     """Display the source of functions or kernels as it is in the installed package, so that no copy can age."""
+    from pygments import highlight
+    from pygments.formatters import HtmlFormatter
+    from pygments.lexers import PythonLexer
+
+    box = "background:#fff;color:#111;border:1px solid #bbb;padding:.6em;overflow-x:auto"
+    pre = "margin:0;font:13px/1.4 monospace;color:#111"
+    formatter = HtmlFormatter(noclasses=True, nobackground=True, cssstyles=box, prestyles=pre)
     for f in functions:
         plain = inspect.unwrap(getattr(f, "fn", f))  # a kernel keeps its function in .fn
         text = inspect.getsource(plain).rstrip()
-        bundle = {"text/markdown": f"```python\n{text}\n```", "text/plain": text}
+        page = highlight(text, PythonLexer(), formatter)
         where = f"{plain.__module__}:{plain.__qualname__}"
-        display(bundle, raw=True, metadata={"text/markdown": {"source": where}})
+        bundle = {"text/html": page, "text/plain": text}
+        display(bundle, raw=True, metadata={"text/html": {"source": where}})
 
 
 # -- curves --------------------------------------------------------------------------------------
@@ -194,15 +201,17 @@ def states(panels: Mapping[str, Any], *, alt: str | None = None) -> Figure:
     K, V = next(iter(S.values())).shape
     fig = Figure(figsize=(1.2 + 2.1 * len(S), 2.9), layout="constrained")
     axes = fig.subplots(1, len(S), squeeze=False)[0]
+    ends = [[channel / 255 for channel in sign] for sign in (NEGATIVE, POSITIVE)]
+    signs = LinearSegmentedColormap.from_list("signs", [ends[0], (1, 1, 1), ends[1]])
     for ax, (title, x) in zip(axes, S.items(), strict=True):
-        picture = ax.imshow(x, cmap="PuOr", vmin=-top, vmax=top, aspect="auto")
+        picture = ax.imshow(x, cmap=signs, vmin=-top, vmax=top, aspect="auto")
         ax.set_title(title, fontsize="medium")
         ax.set_xlabel("value channel (V)")
         ax.set_xticks(range(V))
         ax.set_yticks(range(K))
         if x.size <= 64:
             for (i, j), cell in np.ndenumerate(x):
-                dark = abs(cell) > 0.6 * top
+                dark = cell > 0.6 * top
                 ax.text(j, i, _number(cell), ha="center", va="center", fontsize="small",
                         color="white" if dark else "black")  # fmt: skip
     axes[0].set_ylabel("key channel (K)")
@@ -241,16 +250,20 @@ def scrubber(steps: Sequence[Step], *, title: str) -> HTML:
 
 
 def _frame(t: int, x: np.ndarray, old: np.ndarray, top: float, note: str) -> str:
-    head = "".join(f'<th scope="col">v{j}</th>' for j in range(x.shape[1]))
+    head = "".join(
+        f'<th scope="col" style="text-align:right">value {j}</th>' for j in range(x.shape[1])
+    )
     rows = []
     for i, (row, was) in enumerate(zip(x, old, strict=True)):
         cells = "".join(_cell(c, w, top) for c, w in zip(row, was, strict=True))
-        rows.append(f'<tr><th scope="row">k{i}</th>{cells}</tr>')
+        rows.append(
+            f'<tr style="background:#fff"><th scope="row" style="color:#111">key {i}</th>{cells}</tr>'
+        )
     return (
         f'<section style="width:15em"><table style="border-collapse:separate;border-spacing:3px;margin:0">'
         f'<caption style="text-align:left;color:#111">state after {t} token{"" if t == 1 else "s"}</caption>'
         f"<thead><tr><td></td>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
-        f'<p style="margin:.4em 0">{html.escape(note)}</p></section>'
+        f'<p style="margin:.4em 0;min-height:2.8em">{html.escape(note)}</p></section>'
     )
 
 

@@ -132,7 +132,7 @@ def execute(nb, folder: Path) -> nbformat.NotebookNode:
     nb = canonical(nb)
     for cell in code_cells(nb):
         cell.outputs, cell.execution_count = [], None
-    os.environ.update(GDR_LANG="en", PYTHONHASHSEED="0", NO_COLOR="1")
+    os.environ.update(GDR_LANG="en", PYTHONHASHSEED="0", NO_COLOR="1", OMP_NUM_THREADS="1")
     options = {"timeout": TIMEOUT, "kernel_name": KERNEL["name"], "record_timing": False}
     client = NotebookClient(nb, coalesce_streams=True, resources=_at(folder), **options)
     client.execute()
@@ -204,6 +204,8 @@ def _output_faults(nb) -> Iterator[str]:
             yield f"cell {i} fetches something from outside"
         if re.search(r"<img(?![^>]*alt=\"[^\"]+\")", page):
             yield f"cell {i} has a picture without alt text"
+        if "☑" in output.get("text", ""):
+            yield f"cell {i} shows somebody's progress: execute it without my/"
         if hit := MACHINE.search(output.get("text", "") + data.get("text/plain", "") + page):
             yield f"cell {i} shows something of this machine or moment: {hit[0]!r}"
 
@@ -225,7 +227,7 @@ def _link_faults(nb, folder: Path) -> Iterator[str]:
 def live_sources(nb) -> Iterator[tuple[int, str, str]]:
     """(cell, source as shown, source in the package) of everything shown by `viz.source`."""
     for i, output in outputs(nb):
-        where = output.get("metadata", {}).get("text/markdown", {}).get("source")
+        where = output.get("metadata", {}).get("text/html", {}).get("source")
         if where:
             yield i, output.data["text/plain"], package_source(where)
 
