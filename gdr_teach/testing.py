@@ -145,8 +145,9 @@ def assert_rows_close(
 
     The last axis is a row, compared by its Euclidean length. The tensors must not share storage.
 
-    - norm="row": every row within rtol of its own length, or of a tenth of the root mean square length of all rows
-      where it is shorter than that (a row that is nearly zero by cancellation cannot have more digits than its terms).
+    - norm="row": every row within rtol of its own length, or, where it is shorter than that, of max(0.1, width^-1/2)
+      times the root mean square length of all rows: a row that is nearly zero by cancellation cannot have more digits
+      than its terms, and a row of one number is nearly zero often.
     - norm="tensor": the whole tensor within rtol of its length.
     - rounded: the same algorithm carried out by PyTorch with rounding where the kernel rounds. Each row may then err
       by twice as much, for its length, as the worst row of `rounded`, plus one unit in the last place of got's dtype.
@@ -192,7 +193,8 @@ def _allowed(dtype, want: Tensor, rtol: float, norm: str, rounded: Tensor | None
     length = want.norm(dim=-1)
     if norm == "tensor":
         return rtol * want.norm()
-    length = torch.maximum(length, 0.1 * length.square().mean().sqrt())
+    floor = max(0.1, want.shape[-1] ** -0.5) * length.square().mean().sqrt()
+    length = torch.maximum(length, floor)
     if rounded is not None:
         worst = (row_error(rounded, want) / length).max().item()
         rtol = max(rtol, 2 * worst + torch.finfo(dtype).eps)
