@@ -14,7 +14,9 @@ from itertools import chain
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from jaxtyping import TypeCheckError
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
@@ -415,3 +417,14 @@ def test_readme_names_no_chapter_that_is_not_there():
     listed = set(re.findall(r"\b(\d\d) ", planned.partition(".")[0]))
     assert chapters | listed == {f"{n:02}" for n in range(12)}
     assert not chapters & listed
+
+
+# -- the test run itself -------------------------------------------------------------------------
+
+
+def test_shapes_in_signatures_are_executed():
+    from gdr_teach.delta.reference import delta_recurrence
+
+    x = torch.zeros(1, 2, 1, 3)
+    with pytest.raises(TypeCheckError):
+        delta_recurrence(x, x, x, torch.zeros(1, 1, 2))  # beta must be [B, T, H]
