@@ -4,6 +4,8 @@ import itertools
 
 import pytest
 import torch
+from beartype import beartype
+from jaxtyping import TypeCheckError, jaxtyped
 
 from gdr_teach import delta_rule, explain
 from gdr_teach.delta.reference import delta_chunkwise, delta_recurrence
@@ -98,6 +100,17 @@ def test_without_initial_state_and_with_a_scale(backend, mode):
     want = gradients(delta_oracle, zero, torch.ones_like(x.v), torch.zeros_like(x[4]), scale=-0.3)
     for name, leaf, w in zip(NAMES, leaves, want, strict=False):
         assert_rows_close(rows(leaf.grad), rows(w), rtol=1e-11, name=name)
+
+
+@every_way
+def test_the_shapes_written_in_the_signature_hold(backend, mode):
+    # not by the import hook: the operator must stay plain for torch.compile
+    checked = jaxtyped(typechecker=beartype)(delta_rule)
+    x, cu = packed([3, 0, 4])
+    out = checked(*x[:4], initial_state=x.initial_state, cu_seqlens=cu, backend=backend, mode=mode)
+    assert out.state.shape == (3, 2, 4, 3)
+    with pytest.raises(TypeCheckError):
+        checked(x.q, x.k, x.v, x.beta[..., None])
 
 
 # -- N2: rounding ------------------------------------------------------------------------------------------------------

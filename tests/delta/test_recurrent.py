@@ -4,11 +4,12 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
+import triton.language as tl
 
 from gdr_teach.aot import SHARED_LIMIT, TARGETS, compile_launch
 from gdr_teach.delta import recurrent
 from gdr_teach.delta.recurrent import delta_recurrent, delta_recurrent_backward, tile
-from gdr_teach.runtime import poisoned, recorded
+from gdr_teach.runtime import kernel, poisoned, recorded
 from gdr_teach.sanitizer import sanitize
 from gdr_teach.testing import delta_inputs
 
@@ -99,6 +100,19 @@ def test_rows_beyond_two_to_the_31():
     want = delta_recurrent(*x[:4], initial_state=x.initial_state)
     assert torch.equal(got.o[:, start:], want.o)
     assert torch.equal(got.state, want.state)
+
+
+@kernel
+def place_kernel(p_out, T, H):
+    """The first row of every sequence of a dense batch."""
+    _, _, row, _ = recurrent.program_place(None, T, H, 1, False)
+    tl.store(p_out + tl.program_id(0), row)
+
+
+def test_rows_of_a_dense_batch_beyond_two_to_the_31():
+    rows = torch.zeros(3, dtype=torch.int64)
+    place_kernel[(3,)](rows, 2**30, 1)
+    assert rows.tolist() == [0, 2**30, 2**31]
 
 
 def test_many_heads_need_one_grid_axis():
