@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 # What a learner's code may import of this package while it is graded; the rest would be the answer.
 OPEN = frozenset(
     "gdr_teach gdr_teach.Output gdr_teach.runtime gdr_teach.sanitizer gdr_teach.notation gdr_teach.viz "
-    "gdr_teach.grading gdr_teach.grading.launch".split()
+    "gdr_teach.grading gdr_teach.grading.launch gdr_teach.grading.absent".split()
 )
 LIBRARIES = ("gdr_teach", "fla")  # fla: flash-linear-attention, the same operators by others
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from .checks import Value
 
-OUTPUTS = 8  # more than any task returns
+OUTPUTS, ELEMENTS = 8, 2**20  # more than any task returns
 
 
 class LibraryCalled(BaseException):
@@ -29,6 +29,8 @@ def call(function: Callable, values: Sequence[Value]) -> Outcome:
     """Call with fresh tensors made of `values`. Never raises, whatever the function does."""
     import torch
 
+    if not callable(function):
+        return Outcome("not_a_function", type(function).__name__)
     given = [torch.tensor(x) if isinstance(x, np.ndarray) else x for x in values]
     try:
         returned = function(*given)
@@ -61,13 +63,15 @@ def _read(returned: tuple, given: list) -> Outcome:
     import torch
 
     outputs = []
-    if returned == (None,):
+    if len(returned) == 1 and returned[0] is None:
         return Outcome("nothing")
     for x in returned[: OUTPUTS + 1]:
         if type(x) not in (torch.Tensor, torch.nn.Parameter):
             return Outcome("not_a_tensor", type(x).__name__)
         if x.layout is not torch.strided or x.dtype in (torch.bfloat16, torch.complex64):
             return Outcome("odd_tensor", str(x.dtype))
+        if x.numel() > ELEMENTS:  # before it is copied
+            return Outcome("too_large")
         outputs.append(x.detach().cpu().resolve_conj().resolve_neg().numpy().copy())
     return Outcome("", "", tuple(outputs), tuple(x.detach().numpy().copy() for x in given))
 
@@ -77,7 +81,8 @@ def _failed(error: BaseException) -> Outcome:
     while chain is not None and id(chain) not in seen:  # triton wraps what a kernel raises
         seen.add(id(chain))
         if type(chain).__name__ == "KernelFault":
-            return Outcome("fault", describe(chain))
+            outside = str(getattr(chain, "kind", "")).endswith("outside")
+            return Outcome("outside" if outside else "fault", describe(chain).partition(": ")[2])
         if isinstance(chain, LibraryCalled):
             return Outcome("library")
         chain = chain.__cause__ or chain.__context__

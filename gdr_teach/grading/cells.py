@@ -51,9 +51,10 @@ def _read(path: Path) -> bytes:
     except (OSError, ValueError) as error:
         detail = getattr(error, "strerror", None) or error
         raise UnusableInput(say("cli.unreadable", path=path, error=detail)) from error
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise UnusableInput(say("cli.not_a_file", path=path))
     with os.fdopen(descriptor, "rb") as file:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise UnusableInput(say("cli.not_a_file", path=path))
         data = file.read(FILE_LIMIT + 1)
     if len(data) > FILE_LIMIT:
         raise UnusableInput(say("cli.too_large", path=path, limit=FILE_LIMIT // 2**20))

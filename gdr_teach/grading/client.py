@@ -24,9 +24,7 @@ from .language import say
 from .manifest import Task
 from .protocol import Ended, Frame, Garbled, receive, send
 
-FAILURES = (
-    "nothing not_a_tensor odd_tensor fault library raised not_a_kernel too_large count".split()
-)
+FAILURES = "nothing not_a_tensor odd_tensor fault library raised not_a_function not_a_kernel outside too_large".split()
 KEPT_ENVIRONMENT = ("PATH", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "SYSTEMROOT")
 START_SECONDS = 60  # the first import of torch on a cold disk
 
@@ -54,12 +52,13 @@ class Lost(Exception):
 class Server:
     """A process with torch imported, started when first needed and again when it has died."""
 
-    def __init__(self, limits: Limits | None = None):
+    def __init__(self, limits: Limits | None = None, *, confined: bool = True):
         self.limits = limits or Limits()
+        self.confined = confined  # False: as on a system that has neither Landlock nor seccomp
         self.has_triton = False
         self._process: subprocess.Popen | None = None
         self._control: socket.socket | None = None
-        self._scratch = Path()
+        self.scratch = Path()
 
     def __enter__(self) -> Self:
         return self
@@ -67,22 +66,27 @@ class Server:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    @property
+    def pid(self) -> int | None:
+        """The server's process id, when one was started."""
+        return self._process.pid if self._process else None
+
     def start(self) -> socket.socket:
         """The control channel of a running server. Raises: RuntimeError when none can be started."""
         if self._control and self._process and self._process.poll() is None:
             return self._control
         self.close()
-        self._scratch = Path(tempfile.mkdtemp(prefix="gdr-teach-"))
+        self.scratch = Path(tempfile.mkdtemp(prefix="gdr-teach-"))
         ours, theirs = socket.socketpair()
-        log = self._scratch / "log"
+        log = self.scratch / "log"
         with theirs, log.open("wb") as errors:
             self._process = subprocess.Popen(
-                [sys.executable, "-P", "-m", f"{__package__}.server", str(theirs.fileno()), "."],
+                [sys.executable, "-P", "-m", f"{__package__}.server", str(theirs.fileno())],
                 stdin=subprocess.DEVNULL,
                 stdout=errors,
                 stderr=errors,
-                cwd=self._scratch,
-                env=_environment(self._scratch),
+                cwd=self.scratch,
+                env=_environment(self.scratch),
                 pass_fds=[theirs.fileno()],
                 start_new_session=True,
             )
@@ -99,22 +103,35 @@ class Server:
     @contextmanager
     def job(self, header: dict[str, Any]) -> Iterator["Job"]:
         """One worker for one task; it and all it started are gone afterwards."""
+        ours, pid = self._fork()
+        job = Job(ours, pid, self)
         try:
-            control = self.start()
-            ours, theirs = socket.socketpair()
-            with theirs:
-                socket.send_fds(control, [b"j"], [theirs.fileno()])
-            started, _ = receive(control, time.monotonic() + START_SECONDS)
-        except (Ended, OSError) as error:
-            self.close()
-            raise Lost(say("reason.killed")) from error
-        job = Job(ours, started["pid"], self)
-        try:
-            limits = {"memory": self.limits.memory, "cpu_seconds": int(self.limits.notebook)}
-            job.send({**header, **limits})
+            job.send(
+                {
+                    **header,
+                    "memory": self.limits.memory,
+                    "cpu_seconds": int(self.limits.notebook),
+                    "confined": self.confined,
+                }
+            )
             yield job
         finally:
             job.end()
+
+    def _fork(self) -> tuple[socket.socket, int]:
+        """The channel to a new worker, and its process id. Raises: Lost when two servers died of it."""
+        for _ in range(2):
+            control = self.start()  # a server that was killed a moment ago may still look alive
+            ours, theirs = socket.socketpair()
+            try:
+                with theirs:
+                    socket.send_fds(control, [b"j"], [theirs.fileno()])
+                started, _ = receive(control, time.monotonic() + START_SECONDS)
+                return ours, started["pid"]
+            except (Ended, OSError):
+                ours.close()
+                self.close()
+        raise Lost(say("reason.killed"))
 
     def wait_for_end(self) -> int | None:
         """How the worker just ended, or None when the server itself is gone."""
@@ -136,7 +153,7 @@ class Server:
             if self._process.poll() is None:
                 self._process.kill()
             self._process.wait()
-            shutil.rmtree(self._scratch, ignore_errors=True)
+            shutil.rmtree(self.scratch, ignore_errors=True)
         self._control = self._process = None
 
 

@@ -4,11 +4,11 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from ..runtime import new_empty, next_power_of_2
-
 
 def launch_delta(delta_kernel, q, k, v, beta, scale, initial_state) -> tuple[Tensor, Tensor]:
     """The delta rule over a batch of sequences: one program per sequence and head."""
+    from gdr_teach.runtime import new_empty, next_power_of_2
+
     B, T, H, K = k.shape
     V = v.shape[-1]
     o = new_empty((B, T, H, V), dtype=v.dtype, device=v.device)  # undefined until stored

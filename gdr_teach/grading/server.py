@@ -12,14 +12,16 @@ import socket
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 from .protocol import Ended, send
 
 
-def serve(control: socket.socket, scratch: Path) -> None:
-    """Serve until the other side closes the control channel."""
+def serve(control: socket.socket) -> None:
+    """Serve until the other side closes the control channel. Workers get a folder each in the working directory."""
     from . import confine, worker
 
     confine.adopt_orphans()
@@ -28,17 +30,17 @@ def serve(control: socket.socket, scratch: Path) -> None:
         signal.SIGINT, signal.SIG_IGN
     )  # Ctrl-C is for the grader, which then closes the channel
     has_triton = _warm_up()
-    hidden = _hidden()
+    library, own = _hidden()
     send(control, {"kind": "hello", "triton": has_triton})
     while True:
         _, descriptors, _, _ = socket.recv_fds(control, 1, 1)
         if not descriptors:
             return
         channel = socket.socket(fileno=descriptors[0])
-        folder = Path(tempfile.mkdtemp(dir=scratch))  # one job leaves nothing for the next
+        folder = Path(tempfile.mkdtemp(dir=Path.cwd()))  # one job leaves nothing for the next
         pid = os.fork()
         if pid == 0:
-            _be_worker(worker, channel, folder, hidden)
+            _be_worker(partial(worker.run, channel, folder, library, own))
         channel.close()
         send(control, {"kind": "started", "pid": pid})
         _, status = os.waitpid(pid, 0)
@@ -48,9 +50,9 @@ def serve(control: socket.socket, scratch: Path) -> None:
         send(control, {"kind": "ended", "code": os.waitstatus_to_exitcode(status)})
 
 
-def _be_worker(worker, channel: socket.socket, scratch: Path, hidden: list[Path]) -> None:
+def _be_worker(run: Callable[[], None]) -> None:
     try:
-        worker.run(channel, scratch, hidden)
+        run()
     except Ended:
         os._exit(0)
     finally:
@@ -72,20 +74,23 @@ def _warm_up() -> bool:
     return True
 
 
-def _hidden() -> list[Path]:
-    """Files that hold answers: the package but for what learners import, and the repository's solutions and tests."""
+def _hidden() -> tuple[list[Path], list[Path]]:
+    """Files that hold answers: the library but for what learners import, and the grader's and the repository's own."""
     from .answer import OPEN
 
     package = Path(__file__).resolve().parents[1]
     shown = {package.joinpath(*name.split(".")[1:]) for name in OPEN}
-    hidden = [
-        path
-        for folder in (package, package / "grading")
-        for path in folder.iterdir()
-        if path.with_suffix("") not in shown and path.stem != "__init__"
-    ]
+
+    def closed(folder: Path) -> list[Path]:
+        return [
+            path
+            for path in folder.iterdir()
+            if path.with_suffix("") not in shown and path.stem != "__init__"
+        ]
+
     beside = [package.parent / name for name in ("solutions", "tests", ".git")]
-    return hidden + [path for path in beside if path.exists()]
+    own = closed(package / "grading") + [path for path in beside if path.exists()]
+    return closed(package), own
 
 
 def _end_descendants() -> None:
@@ -107,4 +112,4 @@ def _end_descendants() -> None:
 
 
 if __name__ == "__main__":
-    serve(socket.socket(fileno=int(sys.argv[1])), Path(sys.argv[2]))
+    serve(socket.socket(fileno=int(sys.argv[1])))

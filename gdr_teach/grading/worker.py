@@ -30,12 +30,16 @@ STATES = ("missing", "stub", "library", "written")
 DETAIL = 400  # characters of an error that are passed on
 
 
-def run(channel: socket.socket, scratch: Path, hidden: Sequence[Path]) -> None:
-    """Do one job and leave the process."""
+def run(
+    channel: socket.socket, scratch: Path, library: Sequence[Path], own: Sequence[Path]
+) -> None:
+    """Do one job and leave the process. `library` and `own` are files that hold answers."""
     _leave_everything_behind(channel)
     job, _ = receive(channel)
     confine.limit(job["memory"], job["cpu_seconds"])
-    confine.refuse(scratch, hidden)
+    if job["confined"]:
+        confine.die_with_parent()
+        confine.refuse(scratch, own if job["library"] else [*own, *library])
     os.chdir(scratch)
     if not job["library"]:
         _close_library()
@@ -111,9 +115,8 @@ def _new_main() -> dict[str, Any]:
 
 
 def _leave_everything_behind(channel: socket.socket) -> None:
-    """A session of its own, no descriptor but the channel, no signal handler, and an end when the server ends."""
+    """A session of its own, no descriptor but the channel, no signal handler."""
     os.setsid()
-    confine.die_with_parent()
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGCHLD, signal.SIGPIPE):
         signal.signal(number, signal.SIG_DFL)
     nowhere = os.open(os.devnull, os.O_RDWR)
