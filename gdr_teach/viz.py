@@ -13,7 +13,9 @@ import hashlib
 import html
 import inspect
 import io
+import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -86,7 +88,7 @@ def source(*functions: Any) -> None:
     from pygments.lexers import PythonLexer
 
     box = "background:#fff;color:#111;border:1px solid #bbb;padding:.6em;overflow-x:auto"
-    pre = "margin:0;font:13px/1.4 monospace;color:#111"
+    pre = "margin:0;font:13px/1.4 monospace;color:#111;white-space:pre;overflow-x:auto"
     formatter = HtmlFormatter(noclasses=True, nobackground=True, cssstyles=box, prestyles=pre)
     for f in functions:
         plain = inspect.unwrap(getattr(f, "fn", f))  # a kernel keeps its function in .fn
@@ -95,6 +97,39 @@ def source(*functions: Any) -> None:
         where = f"{plain.__module__}:{plain.__qualname__}"
         bundle = {"text/html": page, "text/plain": text}
         display(bundle, raw=True, metadata={"text/html": {"source": where}})
+
+
+# -- the road ------------------------------------------------------------------------------------
+
+
+ROAD = (  # chapter, question, the same in Chinese
+    ("01_memory", "What is the state S_t?", "什么是 S_t（记忆）？"),
+    ("02_delta_rule", "The delta rule: why subtract, then add?", "Delta 规则：为什么“先减后加”？"),
+    ("03_iplr", "IPLR: what if forgetting were free?", "IPLR：怎样更灵活地“遗忘”？"),
+    ("04_stability", "Stability: what must not be added?", "数值稳定性：为什么不能随便乱加？"),
+    ("05_dplr", "DPLR: what does a diagonal matrix buy?", "DPLR：引入对角矩阵有什么用？"),
+    ("06_chunkwise_wy", "Chunks: how is it computed fast?", "分块计算（chunkwise）：怎样算得快？"),
+)
+
+
+def roadmap(progress: str, folder: Path | str = ".") -> str:
+    """The course's six questions as a checklist in English and Chinese.
+
+    Args: progress, what `gdr-teach progress` prints, "[x] 02.read ..." a task, or "" when there is none;
+        folder, where the chapters are: one that is not there is called planned.
+    """
+    tasks = re.findall(r"^\[(.)\] (\d\d)\.", progress, re.MULTILINE)
+    lines = []
+    for number, (chapter, english, chinese) in enumerate(ROAD, start=1):
+        marks = [mark != " " for mark, of in tasks if of == chapter[:2]]
+        state = f"{sum(marks)} of {len(marks)} tasks passed" if marks else "open it and read"
+        if not (Path(folder) / f"{chapter}.ipynb").exists():
+            state = "planned"
+        box = "☑" if marks and all(marks) else "☐"
+        lines.append(
+            f"{box} {number}  {english}\n     {chinese}\n     chapter {chapter[:2]}: {state}\n"
+        )
+    return "\n".join(lines)
 
 
 # -- curves --------------------------------------------------------------------------------------
@@ -320,6 +355,7 @@ FRAMES
   back.onclick = function () { move(-1); };
   on.onclick = function () { move(1); };
   slider.oninput = draw;
+  box.addEventListener("keydown", function (e) { e.stopPropagation(); });  // or JupyterLab takes the focus
   box.insertBefore(bar, box.children[1]);
   draw();
 })();

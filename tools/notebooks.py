@@ -132,10 +132,10 @@ def execute(nb, folder: Path) -> nbformat.NotebookNode:
     nb = canonical(nb)
     for cell in code_cells(nb):
         cell.outputs, cell.execution_count = [], None
-    os.environ.update(GDR_LANG="en", PYTHONHASHSEED="0", NO_COLOR="1", OMP_NUM_THREADS="1")
+    env = {**os.environ, "GDR_LANG": "en", "NO_COLOR": "1", "OMP_NUM_THREADS": "1"}
     options = {"timeout": TIMEOUT, "kernel_name": KERNEL["name"], "record_timing": False}
     client = NotebookClient(nb, coalesce_streams=True, resources=_at(folder), **options)
-    client.execute()
+    client.execute(env=env)
     nb.metadata["gdr_teach"] = {"source_hash": source_hash(nb)}
     return canonical(nb)
 
