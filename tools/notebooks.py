@@ -134,6 +134,7 @@ def execute(nb, folder: Path) -> nbformat.NotebookNode:
         cell.outputs, cell.execution_count = [], None
     env = {**os.environ, "GDR_LANG": "en", "NO_COLOR": "1", "OMP_NUM_THREADS": "1"}
     options = {"timeout": TIMEOUT, "kernel_name": KERNEL["name"], "record_timing": False}
+    options["extra_arguments"] = ["--IPKernelApp.log_level=40"]  # errors only
     client = NotebookClient(nb, coalesce_streams=True, resources=_at(folder), **options)
     client.execute(env=env)
     nb.metadata["gdr_teach"] = {"source_hash": source_hash(nb)}
