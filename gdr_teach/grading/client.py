@@ -180,7 +180,7 @@ class Job:
         for index in cells:
             began = time.monotonic()
             if began > last:
-                slow = max(took.values()) / 2
+                slow = max(took.values(), default=0.0) / 2
                 raise Lost(say("reason.overran"), *(i for i, t in took.items() if t >= slow))
             ran = self._expect("ran", began + one, index)
             took[index] = time.monotonic() - began

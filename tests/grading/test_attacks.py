@@ -161,6 +161,16 @@ ANSWERS = {
             pass
         return torch.zeros(S.shape[1])
     """,
+    "kills its parent and leaves a child": """
+        import os, signal, time
+        try:
+            if os.fork() == 0:
+                time.sleep(1000)
+            os.kill(os.getppid(), signal.SIGKILL)
+        except OSError:
+            pass
+        return torch.zeros(S.shape[1])
+    """,
     "writes to every descriptor": """
         import os
         for fd in range(64):
@@ -236,6 +246,7 @@ HARM_ONESELF = (
 )  # what a process needs is gone: its answers are lost
 UNCONFINED = (
     "os._exit(0)", "fork bomb", "leaves a daemon behind", "kills its parent", "memory bomb of lists",
+    "kills its parent and leaves a child",
     "sleeps and ignores signals", "closes every descriptor",
 )  # fmt: skip
 
@@ -270,23 +281,22 @@ def open_server(server):
 
 
 @pytest.fixture
-def attacked(tmp_path, exercise_02, built, root):
+def attacked(tmp_path, exercise_02, built, root, scratch, server, open_server):
     """Grade a file with an attack in it; the file stays, nothing appears beside it, no process is left.
 
     Without the kernel task, which takes longer than the others together.
     """
     arrays = replace(exercise_02, tasks=exercise_02.tasks[:4])
 
-    def graded(server: Server, body: str, cell: str = "") -> Report:
+    def graded(by: Server, body: str, cell: str = "") -> Report:
         path = tmp_path / "02_delta_rule.ipynb"
         cell = cell.replace("NOTEBOOK", repr(str(path)))
         path.write_bytes(built(exercise_02, {"task": "02.read", "body": body}, cell))
         before = path.read_bytes()
-        server.start()
-        report = grade_sources(read_cells(path), arrays, template_cells(root, arrays), 5, server)
+        report = grade_sources(read_cells(path), arrays, template_cells(root, arrays), 5, by)
         assert path.read_bytes() == before
         assert list(tmp_path.rglob("*")) == [path]
-        assert left_behind(server) == []
+        assert left_behind(scratch, server.pid, open_server.pid) == []
         assert report.tasks[0].points == 0
         return report
 
@@ -297,24 +307,25 @@ def states(report: Report) -> list[str]:
     return [task.state for task in report.tasks]
 
 
-def left_behind(server: Server) -> list[psutil.Process]:
-    """Processes that began in this server's scratch folder, but for the server."""
-    home, found = str(server.scratch), []
+def left_behind(scratch: Path, *known: int | None) -> list[int]:
+    """Processes that began under the scratch folder of this test run, but for those that are known."""
+    found = []
     time.sleep(0.02)
     for process in psutil.process_iter():
         try:
-            if process.pid != server.pid and process.environ().get("HOME") == home:
-                found.append(process)
+            inside = Path(process.environ().get("HOME", "/")).is_relative_to(scratch)
         except psutil.Error:
             continue
+        if inside and process.pid not in known and process.status() != psutil.STATUS_ZOMBIE:
+            found.append(process.pid)
     return found
 
 
-def test_left_behind_sees_what_is_left(server, tmp_path):
-    server.start()
-    env = {"HOME": str(server.scratch), "PATH": os.environ["PATH"]}
-    with psutil.Popen(["sleep", "20"], env=env, cwd=Path.cwd()) as process:
+def test_left_behind_sees_what_is_left(scratch):
+    env = {"HOME": str(scratch / "x"), "PATH": os.environ["PATH"]}
+    before = left_behind(scratch)
+    with psutil.Popen(["sleep", "20"], env=env) as process:
         try:
-            assert [p.pid for p in left_behind(server)] == [process.pid]
+            assert left_behind(scratch, *before) == [process.pid]
         finally:
             process.kill()

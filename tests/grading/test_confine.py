@@ -118,3 +118,34 @@ def test_all_but_covers_everything_else(tmp_path):
     (tmp_path / "a" / "f.py").touch()
     shown = set(confine._all_but(tmp_path, [tmp_path / "a" / "y", tmp_path / "none"]))
     assert shown == {tmp_path / "a" / "x", tmp_path / "a" / "f.py", tmp_path / "b"}
+
+
+@pytest.mark.parametrize(
+    ("code", "said"),
+    [
+        ("x = bytearray(2**28)", "fits"),
+        ("x = bytearray(2**30)", "MemoryError"),
+        ("Path('large').write_bytes(bytes(2000))", "OSError"),
+        ("while True: pass", "killed"),
+        ("[open('/dev/null') for _ in range(300)]", "OSError"),
+    ],
+)
+def test_limits(tmp_path, code, said):
+    program = f"""
+import signal
+from pathlib import Path
+from gdr_teach.grading import confine
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+confine.limit(memory=2**29, cpu_seconds=1, file_bytes=1000)
+try:
+    exec({code!r})
+    print("fits")
+except BaseException as error:
+    print(type(error).__name__)
+"""
+    env = {"PYTHONPATH": str(Path(confine.__file__).parents[2])}
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(
+        command, capture_output=True, text=True, cwd=tmp_path, env=env, timeout=30
+    )
+    assert (done.stdout.strip() if done.returncode == 0 else "killed") == said

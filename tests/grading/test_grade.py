@@ -49,8 +49,7 @@ def state(grade, exercise_02):
     ],
     ids=lambda cells: cells[0][:40],
 )  # fmt: skip
-def test_passed(state, cells, monkeypatch):
-    monkeypatch.setenv("GDR_SECRET", "token")
+def test_passed(state, cells):
     assert state(*cells) == ("passed", "")
 
 
@@ -145,7 +144,7 @@ def test_the_same_seed_gives_the_same_report(grade, exercise_02):
 
 def test_a_notebook_of_slow_cells_ends_in_time(grade, exercise_02, root):
     """Every cell overruns or takes nearly all it may: the time for the notebook holds, and an answer is still found."""
-    limits = Limits(cell=0.4, cells=0.8, task=1.0, notebook=5.0)
+    limits = Limits(cell=0.4, cells=0.8, task=1.0, notebook=4.0)
     slow = ["import time\ntime.sleep(99)"] * 3 + ["import time\ntime.sleep(0.3)"] * 12
     with Server(limits) as server:
         server.start()
@@ -156,6 +155,22 @@ def test_a_notebook_of_slow_cells_ends_in_time(grade, exercise_02, root):
         took = time.monotonic() - began
     assert took < limits.notebook + 3
     assert report.tasks[0].state == "passed"
+
+
+def test_no_time_left(exercise_02, root):
+    with Server(Limits(notebook=0.0)) as server:
+        report = grade_sources([RIGHT], exercise_02, template_cells(root, exercise_02), 1, server)
+    assert {task.state for task in report.tasks} == {"failed"}
+    assert "was used up" in report.tasks[0].verdicts[0].reason
+
+
+def test_memory_is_watched(exercise_02, root):
+    """By resident size, where the system's own limit does not count: here it allows far more than is there."""
+    sleeper = "import time\ndef read(S, q, scale):\n    time.sleep(99)"
+    exercise = dataclasses.replace(exercise_02, tasks=exercise_02.tasks[:1])
+    with Server(Limits(memory=2**26)) as server:
+        report = grade_sources([sleeper], exercise, template_cells(root, exercise), 1, server)
+    assert "more than 64 MiB" in report.tasks[0].verdicts[0].reason
 
 
 def test_a_dead_server_is_replaced(grade, exercise_02, server):

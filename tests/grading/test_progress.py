@@ -63,6 +63,14 @@ def test_a_new_file_never_replaces(tmp_path):
     assert list(tmp_path.iterdir()) == [place]
 
 
+def test_a_file_is_replaced_and_not_written_over(tmp_path):
+    progress.update(tmp_path, lambda stored: stored["hints"].update(a=1))
+    with (tmp_path / progress.NAME).open() as reader:
+        progress.update(tmp_path, lambda stored: stored["hints"].update(a=2))
+        assert json.load(reader)["hints"] == {"a": 1}
+    assert progress.load(tmp_path)["hints"] == {"a": 2}
+
+
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
     place = tmp_path / "x"
     place.write_bytes(b"old")
