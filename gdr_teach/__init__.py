@@ -6,10 +6,11 @@ Reading order:
 
 1. `notation`     the letters, the shapes, what an operator returns
 2. `memory`       chapter 1: the state as an associative memory, written without erasing
-3. `delta`        chapter 2: `reference` (plain PyTorch), `recurrent` (Triton), `op` (what you call)
-4. `runtime`      one kernel source: interpreted for CPU tensors, compiled for GPU tensors
-5. `sanitizer`    what a kernel may read and write, checked address by address
-6. `testing`      the float64 oracle, the hard inputs, the one comparison
+3. `delta`        chapter 2: `reference` (plain PyTorch), `recurrent` (Triton), `op` and `step` (what you call)
+4. `gated`        chapter 5: the delta rule with decay, the same files
+5. `runtime`      one kernel source: interpreted for CPU tensors, compiled for GPU tensors
+6. `sanitizer`    what a kernel may read and write, checked address by address
+7. `testing`      the float64 oracle, the hard inputs, the one comparison
 
 Nothing is imported before it is used: `import gdr_teach` needs neither torch nor triton.
 """
@@ -20,6 +21,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from .arguments import value_checks as value_checks
     from .delta.op import delta_rule as delta_rule
+    from .delta.step import delta_rule_step as delta_rule_step
+    from .gated.op import gated_delta_rule as gated_delta_rule
+    from .gated.step import gated_delta_rule_step as gated_delta_rule_step
     from .notation import Output as Output
     from .notation import Path as Path
     from .paths import explain as explain
@@ -28,12 +32,24 @@ __version__ = "0.1.0"
 
 _HOME = {  # public name -> the module that holds it
     "delta_rule": "delta.op",
+    "delta_rule_step": "delta.step",
+    "gated_delta_rule": "gated.op",
+    "gated_delta_rule_step": "gated.step",
     "explain": "paths",
     "value_checks": "arguments",
     "Output": "notation",
     "Path": "notation",
 }
-__all__ = ["Output", "Path", "delta_rule", "explain", "value_checks"]
+__all__ = [
+    "Output",
+    "Path",
+    "delta_rule",
+    "delta_rule_step",
+    "explain",
+    "gated_delta_rule",
+    "gated_delta_rule_step",
+    "value_checks",
+]
 
 
 def __getattr__(name: str):

@@ -13,6 +13,7 @@ from torch.nn.functional import normalize
 from .notation import Output, state_dtype
 
 KEYS = ("unit", "identical", "cos0.9", "orthonormal", "zero")
+DECAYS = (0.0, -0.6065, -5.0, -20.0, -1e4, float("-inf"))
 
 
 class Inputs(NamedTuple):
@@ -22,6 +23,17 @@ class Inputs(NamedTuple):
     k: Tensor
     v: Tensor
     beta: Tensor
+    initial_state: Tensor
+
+
+class GatedInputs(NamedTuple):
+    """One call's tensors, in the order of `gated_delta_rule`."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    beta: Tensor
+    log_decay: Tensor
     initial_state: Tensor
 
 
@@ -71,21 +83,62 @@ def delta_inputs(
     return Inputs(q, k, v, step, S0.to(state_dtype(dtype)))
 
 
-def delta_oracle(
+def gated_inputs(
+    *sizes: int,
+    log_decay: float | str | None = None,
+    per: str = "channel",
+    seed: int = 0,
+    **options,
+) -> GatedInputs:
+    """Random inputs of the gated delta rule: `delta_inputs` and a decay.
+
+    Args: sizes B, T, H, K, V. log_decay: None draws from (-1, 0), a number sets all, "mixed" draws each from `DECAYS`.
+    per: "channel" makes it [B, T, H, K], "head" [B, T, H]. The rest as in `delta_inputs`.
+    Returns: GatedInputs(q, k, v, beta, log_decay, initial_state).
+    """
+    if per not in ("channel", "head"):
+        raise ValueError(f"gated_inputs: per must be 'channel' or 'head', got {per!r}")
+    x = delta_inputs(*sizes, seed=seed, **options)
+    draw = torch.Generator().manual_seed(seed + 1)
+    shape = x.k.shape if per == "channel" else x.beta.shape
+    g = -torch.rand(shape, generator=draw, dtype=torch.float64)
+    if log_decay == "mixed":
+        g = torch.tensor(DECAYS, dtype=torch.float64)[(-g * len(DECAYS)).long()]
+    elif log_decay is not None:
+        g = torch.full_like(g, float(log_decay))
+    return GatedInputs(*x[:4], g.to(x.q.dtype), x.initial_state)
+
+
+def delta_oracle(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, **options) -> Output:
+    """S_t = S_{t-1} (I - beta_t k_t k_t^T) + beta_t v_t k_t^T, o_t = scale * S_t q_t: one token, one head at a time.
+
+    Args: as `gdr_teach.delta_rule`. Returns: Output(o, state) in float64, the state as [N, H, K, V]; differentiable.
+    """
+    return _token_loop(q, k, v, beta, torch.zeros_like(beta), **options)
+
+
+def gated_oracle(
+    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, log_decay: Tensor, **options
+) -> Output:
+    """The same with S_{t-1} diag(exp(log_decay_t)) in place of S_{t-1}.
+
+    Args: as `gdr_teach.gated_delta_rule`. Returns: as `delta_oracle`.
+    """
+    return _token_loop(q, k, v, beta, log_decay, **options)
+
+
+def _token_loop(
     q: Tensor,
     k: Tensor,
     v: Tensor,
     beta: Tensor,
+    log_decay: Tensor,
     *,
     scale: float | None = None,
     initial_state: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
 ) -> Output:
-    """S_t = S_{t-1} (I - beta_t k_t k_t^T) + beta_t v_t k_t^T, o_t = scale * S_t q_t: one token, one head at a time.
-
-    Args: as `gdr_teach.delta_rule`. Returns: Output(o, state) in float64, the state as [N, H, K, V]; differentiable.
-    """
-    q, k, v, beta = (x.double() for x in (q, k, v, beta))
+    q, k, v, beta, log_decay = (x.double() for x in (q, k, v, beta, log_decay))
     B, T, H, K = k.shape
     V = v.shape[-1]
     scale = float(K**-0.5 if scale is None else scale)
@@ -105,6 +158,7 @@ def delta_oracle(
                 S = initial_state[n, h].double().T
             for t in range(start, end):
                 kt, step = k[b, t, h], beta[b, t, h]
+                S = S * log_decay[b, t, h].exp()  # a number, or one for each of the K columns
                 S = S @ (eye - step * torch.outer(kt, kt)) + step * torch.outer(v[b, t, h], kt)
                 rows[b, t, h] = scale * (S @ q[b, t, h])
             heads.append(S.T)
@@ -116,17 +170,22 @@ def delta_oracle(
     return Output(o, torch.stack(finals) if finals else v.new_zeros(0, H, K, V))
 
 
-def gradients(op: Any, inputs: Inputs, do: Tensor, dstate: Tensor, **options) -> Inputs:
-    """The gradients of <o, do> + <state, dstate> in all five inputs of a call of `op`."""
+def gradients(op: Any, inputs: Any, do: Tensor, dstate: Tensor, **options) -> Any:
+    """The gradients of <o, do> + <state, dstate> in all inputs of a call of `op`, the initial state last."""
     leaves = [x.detach().clone().requires_grad_() for x in inputs]
-    out = op(*leaves[:4], initial_state=leaves[4], **options)
+    out = op(*leaves[:-1], initial_state=leaves[-1], **options)
     loss = (out.o.double() * do).sum() + (out.state.double() * dstate).sum()
     if not loss.requires_grad:  # no token and no head: nothing depends on anything
-        return Inputs(*(torch.zeros_like(x) for x in leaves))
+        return type(inputs)(*(torch.zeros_like(x) for x in leaves))
     got = torch.autograd.grad(loss, leaves, allow_unused=True)
-    return Inputs(
+    return type(inputs)(
         *(torch.zeros_like(x) if g is None else g for x, g in zip(leaves, got, strict=True))
     )
+
+
+def as_rows(x: Tensor) -> Tensor:
+    """[B, T, H] as [B, T, H, 1], so that the last axis is a row of `assert_rows_close`."""
+    return x[..., None] if x.dim() == 3 else x
 
 
 # -- the one comparison ------------------------------------------------------------------------------------------------

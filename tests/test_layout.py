@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "gdr_teach"
-RULES = ("delta",)
+RULES = ("delta", "gated")
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
 # module -> what of the package it may import; downwards only: op -> rule -> chunkwise -> runtime
@@ -26,6 +26,19 @@ ROOMS = {
     "delta.reference": {"notation", "packing", "arguments"},
     "delta.transpose": {"packing", "delta.reference"},
     "delta.recurrent": {"notation", "runtime"},
+    "chunkwise.place": {"runtime"},
+    "chunkwise.triangular": {"runtime"},
+    "chunkwise.prepare": {"runtime", "chunkwise.place", "chunkwise.triangular"},
+    "chunkwise.scan": {"runtime", "chunkwise.place", "chunkwise.triangular"},
+    "chunkwise.grads": {"runtime", "chunkwise.place"},
+    "delta.chunk": {
+        "notation",
+        "runtime",
+        "chunkwise.prepare",
+        "chunkwise.scan",
+        "chunkwise.grads",
+        "delta.recurrent",
+    },
     "delta.op": {
         "notation",
         "arguments",
@@ -33,6 +46,34 @@ ROOMS = {
         "delta.reference",
         "delta.transpose",
         "delta.recurrent",
+        "delta.chunk",
+    },
+    "delta.step": {
+        "notation",
+        "arguments",
+        "paths",
+        "delta.reference",
+        "delta.recurrent",
+        "delta.op",
+    },
+    "gated.reference": {"notation", "packing", "arguments", "delta.reference"},
+    "gated.transpose": {"packing", "delta.reference", "delta.transpose", "gated.reference"},
+    "gated.recurrent": {"notation", "runtime", "delta.recurrent"},
+    "gated.op": {
+        "notation",
+        "arguments",
+        "paths",
+        "gated.reference",
+        "gated.transpose",
+        "gated.recurrent",
+    },
+    "gated.step": {
+        "notation",
+        "arguments",
+        "paths",
+        "gated.reference",
+        "gated.recurrent",
+        "gated.op",
     },
 }
 COURSE = {"grading", "viz", "cli", "doctor"}  # may import any room; no room imports them
@@ -82,7 +123,8 @@ def test_every_module_has_its_room():
 
 
 def test_the_reference_needs_torch_only():
-    for name in ("delta/reference", "delta/transpose", "memory", "packing", "notation"):
+    plain = [f"{rule}/{name}" for rule in RULES for name in ("reference", "transpose")]
+    for name in (*plain, "memory", "packing", "notation"):
         _, outside = imports(PACKAGE / f"{name}.py")
         assert outside <= {"torch", "jaxtyping", "typing", "collections", "itertools"}, (
             name,

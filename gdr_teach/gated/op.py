@@ -1,0 +1,234 @@
+"""`gated_delta_rule`, the operator: checked, sent its way, differentiable, compilable and exportable."""
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from ..arguments import (
+    check_call,
+    check_cu_seqlens_values,
+    check_log_decay_values,
+    check_min_log_decay,
+)
+from ..notation import Output, Path, Sizes, state_dtype
+from ..paths import choose
+
+LAYOUT = {
+    "q": "B T H K",
+    "k": "B T H K",
+    "v": "B T H V",
+    "beta": "B T H",
+    "log_decay": "B T H | B T H K",
+}
+
+
+def gated_delta_rule(
+    q: Float[Tensor, "B T H K"],
+    k: Float[Tensor, "B T H K"],
+    v: Float[Tensor, "B T H V"],
+    beta: Float[Tensor, "B T H"],
+    log_decay: Float[Tensor, "B T H"] | Float[Tensor, "B T H K"],
+    *,
+    scale: float | None = None,
+    initial_state: Float[Tensor, "N H K V"] | None = None,
+    cu_seqlens: Int[Tensor, " N+1"] | None = None,
+    mode: str = "auto",
+    backend: str = "auto",
+    min_log_decay: float | None = None,
+) -> Output:
+    """The delta rule with decay: forget, erase what the key recalls, write the new value, read with the query.
+
+        S~_t = exp(log_decay_t) * S_{t-1}                   row by row: a decay a head, or one for each key channel
+        S_t = S~_t + k_t (beta_t (v_t - S~_t^T k_t))^T      o_t = scale * S_t^T q_t
+
+    Args:
+        q: queries [B, T, H, K].
+        k: keys [B, T, H, K]; unit length makes beta = 1 an exact overwrite. They are used as given.
+        v: values [B, T, H, V].
+        beta: step sizes [B, T, H]; for unit keys the state cannot grow while 0 <= beta <= 2. In q's dtype or float32.
+        log_decay: natural logarithm of the decay, <= 0, in q's dtype or float32: [B, T, H] (gated DeltaNet) or
+            [B, T, H, K] (Kimi delta attention). 0 keeps all, -inf starts afresh; any value in between is exact.
+        scale: factor on the output, a Python number without gradient; default K ** -0.5.
+        initial_state: the state before the first token [N, H, K, V], in the state's dtype; default zeros.
+        cu_seqlens: int32 or int64 [N + 1], from 0 to T without falling, on the CPU or q's device: document n
+            has the tokens cu_seqlens[n] to cu_seqlens[n + 1] - 1 and a state of its own; B = 1. Default: B sequences.
+        mode: "recurrent", "chunk" or "auto" (recurrent for T <= 16).
+        backend: "torch", "triton" (CPU tensors: interpreted; CUDA tensors: compiled) or "auto" (triton on CUDA where it
+            is installed, else torch).
+        min_log_decay: a Python number <= 0 that log_decay is promised never to fall below; it may make the call faster
+            and changes nothing else. Default: no promise.
+
+    q, k, v share one dtype: float16, bfloat16, float32 or float64. Any strides. Autocast casts nothing here.
+    The values of log_decay and its promise are checked on the CPU; on CUDA inside `gdr_teach.value_checks()` only.
+
+    Returns: Output(o [B, T, H, V] in v's dtype, state [N, H, K, V] in float32, float64 for float64 inputs).
+    Differentiable in q, k, v, beta, log_decay and initial_state, through o and through state, once.
+    Raises: TypeError or ValueError that names the argument, what was wanted and what was got; ImportError when
+        backend="triton" and triton is missing; RuntimeError for a gradient of a gradient.
+    Source: Yang et al. 2024, "Gated Delta Networks", equation 10; Kimi Team 2025, "Kimi Linear", equation 1.
+    """
+    options = {"scale": scale, "initial_state": initial_state, "cu_seqlens": cu_seqlens}
+    options |= {"mode": mode, "backend": backend, "min_log_decay": min_log_decay}
+    sizes, way = _plan(q, k, v, beta, log_decay, **options)
+    factor = float(sizes.K**-0.5 if scale is None else scale)
+    bound = None if min_log_decay is None else float(min_log_decay)
+    chosen = (bound, way.backend, way.mode, way.chunk_size)
+    o, state = torch.ops.gdr_teach.gated_delta_rule(
+        q, k, v, beta, log_decay, initial_state, cu_seqlens, factor, *chosen
+    )
+    return Output(o, state)
+
+
+def path(
+    q,
+    k,
+    v,
+    beta,
+    log_decay,
+    *,
+    scale=None,
+    initial_state=None,
+    cu_seqlens=None,
+    mode="auto",
+    backend="auto",
+    min_log_decay=None,
+) -> Path:
+    """The way `gated_delta_rule` would take with these arguments (see `gdr_teach.explain`)."""
+    options = {"scale": scale, "initial_state": initial_state, "cu_seqlens": cu_seqlens}
+    options |= {"mode": mode, "backend": backend, "min_log_decay": min_log_decay}
+    return _plan(q, k, v, beta, log_decay, **options)[1]
+
+
+def _plan(q, k, v, beta, log_decay, *, mode, backend, min_log_decay, **options):
+    op = "gated_delta_rule"
+    tensors = {"q": q, "k": k, "v": v, "beta": beta, "log_decay": log_decay}
+    sizes: Sizes = check_call(op, LAYOUT, tensors, mode=mode, backend=backend, **options)
+    check_min_log_decay(op, min_log_decay)
+    return sizes, choose(op, sizes, q, mode, backend)
+
+
+# -- the operator, forward ---------------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("gdr_teach::gated_delta_rule", mutates_args=())
+def _forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    log_decay: Tensor,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    scale: float,
+    min_log_decay: float | None,
+    backend: str,
+    mode: str,
+    chunk_size: int,
+) -> tuple[Tensor, Tensor]:
+    check_cu_seqlens_values("gated_delta_rule", cu_seqlens, q.shape[1])
+    check_log_decay_values("gated_delta_rule", log_decay, min_log_decay)
+    operands = (q, k, v, beta, log_decay)
+    options = {"scale": scale, "initial_state": initial_state, "cu_seqlens": cu_seqlens}
+    if backend == "triton":
+        from .recurrent import gated_recurrent
+
+        out = gated_recurrent(*operands, **options)
+        return out.o, out.state
+    from .reference import gated_chunkwise, gated_recurrence
+
+    with torch.autocast(q.device.type, enabled=False):
+        if mode == "chunk":
+            out = gated_chunkwise(*operands, chunk_size=chunk_size, **options)
+        else:
+            out = gated_recurrence(*operands, **options)
+    return out.o.contiguous(), out.state.contiguous()
+
+
+@_forward.register_fake
+def _(
+    q,
+    k,
+    v,
+    beta,
+    log_decay,
+    initial_state,
+    cu_seqlens,
+    scale,
+    min_log_decay,
+    backend,
+    mode,
+    chunk_size,
+):
+    N = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    state = q.new_empty((N, q.shape[2], q.shape[3], v.shape[3]), dtype=state_dtype(q.dtype))
+    return v.new_empty(v.shape), state
+
+
+# -- the operator, backward --------------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("gdr_teach::gated_delta_rule_backward", mutates_args=())
+def _backward(
+    do: Tensor,
+    dstate: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    log_decay: Tensor,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    scale: float,
+    min_log_decay: float | None,
+    backend: str,
+    mode: str,
+    chunk_size: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    operands = (do, q, k, v, beta, log_decay)
+    options = {"dstate": dstate, "initial_state": initial_state, "cu_seqlens": cu_seqlens}
+    options["scale"] = scale
+    if backend == "triton":
+        from .recurrent import gated_recurrent_backward
+
+        return gated_recurrent_backward(*operands, **options)
+    from .transpose import gated_chunkwise_backward, gated_recurrence_backward
+
+    with torch.autocast(q.device.type, enabled=False):
+        if mode == "chunk":
+            grads = gated_chunkwise_backward(*operands, chunk_size=chunk_size, **options)
+        else:
+            grads = gated_recurrence_backward(*operands, **options)
+    dq, dk, dv, dbeta, dlog_decay, dstate0 = (x.contiguous() for x in grads)
+    return dq, dk, dv, dbeta, dlog_decay, dstate0
+
+
+@_backward.register_fake
+def _(do, dstate, q, k, v, beta, log_decay, *rest):
+    shaped = (q, k, v, beta, log_decay, dstate)
+    dq, dk, dv, dbeta, dlog_decay, dstate0 = (x.new_empty(x.shape) for x in shaped)
+    return dq, dk, dv, dbeta, dlog_decay, dstate0
+
+
+def _save(ctx, inputs, output):
+    *tensors, ctx.scale, ctx.bound, ctx.backend, ctx.mode, ctx.chunk_size = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _gradients(ctx, do, dstate):
+    initial_state = ctx.saved_tensors[5]
+    options = (ctx.scale, ctx.bound, ctx.backend, ctx.mode, ctx.chunk_size)
+    *grads, dstate0 = torch.ops.gdr_teach.gated_delta_rule_backward(
+        do, dstate, *ctx.saved_tensors, *options
+    )
+    return (*grads, None if initial_state is None else dstate0, *(None,) * 6)
+
+
+def _no_second_gradient(ctx, *grads):
+    raise RuntimeError(
+        "gated_delta_rule: wanted a gradient of first order, got a gradient of a gradient (create_graph=True), which "
+        "is not implemented; gdr_teach.gated.reference.gated_recurrence can be differentiated twice"
+    )
+
+
+_forward.register_autograd(_gradients, setup_context=_save)
+_backward.register_autograd(_no_second_gradient, setup_context=lambda ctx, inputs, output: None)
