@@ -9,15 +9,24 @@ from pathlib import Path
 import pytest
 import torch
 
-from gdr_teach import delta_rule, explain, value_checks
+from gdr_teach import (
+    delta_rule,
+    delta_rule_step,
+    explain,
+    gated_delta_rule,
+    gated_delta_rule_step,
+    value_checks,
+)
 from gdr_teach.arguments import check_call, check_cu_seqlens_values, check_positive_int
 from gdr_teach.delta.reference import delta_chunkwise
-from gdr_teach.testing import delta_inputs
+from gdr_teach.gated.reference import gated_chunkwise
+from gdr_teach.testing import delta_inputs, gated_inputs
 
 GOLDEN = Path(__file__).parent / "golden" / "arguments.txt"
 X = delta_inputs(2, 5, 3, 4, 6, dtype=torch.float32)
 P = delta_inputs(1, 5, 3, 4, 6, dtype=torch.float32, N=2)  # packed: two documents
 CU = torch.tensor([0, 2, 5])
+G = gated_inputs(2, 5, 3, 4, 6, dtype=torch.float32)
 
 
 def call(**changed):
@@ -30,6 +39,28 @@ def call(**changed):
 def packed(cu_seqlens, **changed):
     """The same, for packed sequences."""
     return call(**(P._asdict() | {"cu_seqlens": cu_seqlens} | changed))
+
+
+def gated(**changed):
+    """gated_delta_rule with right arguments but for those given."""
+    arguments = G._asdict() | changed
+    first = [arguments.pop(name) for name in ("q", "k", "v", "beta", "log_decay")]
+    return gated_delta_rule(*first, **arguments)
+
+
+def gate(at, value):
+    """A gate that is right but for one number."""
+    g = G.log_decay.clone()
+    g[at] = value
+    return g
+
+
+def step(op=delta_rule_step, **changed):
+    """One token of a rule with right arguments but for those given; `state` in place of the initial state."""
+    x = X if op is delta_rule_step else G
+    arguments = {name: y[:, 0] for name, y in x._asdict().items() if name != "initial_state"}
+    arguments |= {"state": x.initial_state} | changed
+    return op(**arguments)
 
 
 WRONG = {
@@ -131,6 +162,69 @@ WRONG = {
     "chunk size negative": lambda: delta_chunkwise(*X[:4], chunk_size=-16),
     "chunk size a float": lambda: check_positive_int("delta_chunkwise", "chunk_size", 16.0),
     "chunk size a bool": lambda: delta_chunkwise(*X[:4], chunk_size=True),
+    # the gate
+    "log_decay None": lambda: gated(log_decay=None),
+    "log_decay a number": lambda: gated(log_decay=-0.1),
+    "log_decay missing": lambda: gated_delta_rule(*G[:4]),
+    "log_decay without heads": lambda: gated(log_decay=G.log_decay[:, :, 0, 0]),
+    "log_decay with an axis too many": lambda: gated(log_decay=G.log_decay[..., None]),
+    "log_decay with one channel": lambda: gated(log_decay=G.log_decay[..., :1]),
+    "log_decay of V channels": lambda: gated(log_decay=-X.v.abs()),
+    "log_decay shorter": lambda: gated(log_decay=G.log_decay[:, :4]),
+    "log_decay with heads first": lambda: gated(log_decay=G.log_decay.transpose(1, 2)),
+    "log_decay in half beside float32": lambda: gated(log_decay=G.log_decay.half()),
+    "log_decay in double beside float32": lambda: gated(log_decay=G.log_decay.double()),
+    "log_decay integer": lambda: gated(log_decay=G.log_decay.int()),
+    "log_decay on meta": lambda: gated(log_decay=G.log_decay.to("meta")),
+    "log_decay positive": lambda: gated(log_decay=gate((1, 2, 0, 3), 0.25)),
+    "log_decay positive, recurrent": lambda: gated(log_decay=gate(0, 1e-30), mode="recurrent"),
+    "log_decay positive, triton": lambda: gated(
+        log_decay=gate((0, 0), 5.0)[..., 0], backend="triton", mode="recurrent"
+    ),
+    "log_decay infinite": lambda: gated(log_decay=gate((0, 1), torch.inf)),
+    "log_decay nan": lambda: gated(log_decay=gate((1, 4, 2, 1), torch.nan)),
+    "log_decay below its promise": lambda: gated(
+        log_decay=gate((1, 4, 2, 1), -7.0), min_log_decay=-5.0
+    ),
+    "log_decay -inf below a promise": lambda: gated(
+        log_decay=gate((0, 3), -torch.inf), min_log_decay=-5
+    ),
+    "min_log_decay positive": lambda: gated(min_log_decay=5.0),
+    "min_log_decay nan": lambda: gated(min_log_decay=float("nan")),
+    "min_log_decay a tensor": lambda: gated(min_log_decay=torch.tensor(-5.0)),
+    "min_log_decay a bool": lambda: gated(min_log_decay=False),
+    "min_log_decay a string": lambda: gated(min_log_decay="-5"),
+    "beta in half beside a gate": lambda: gated(beta=G.beta.half()),
+    "gated: K = 0": lambda: gated(
+        q=G.q[..., :0], k=G.k[..., :0], log_decay=G.log_decay[..., :0], initial_state=None
+    ),
+    "gated: mode unknown": lambda: gated(mode="parallel"),
+    "gated: explain of a wrong promise": lambda: explain(
+        gated_delta_rule, *G[:-1], min_log_decay=1
+    ),
+    "gated: chunk size zero": lambda: gated_chunkwise(*G[:-1], chunk_size=0),
+    # one token
+    "step of a sequence": lambda: delta_rule_step(*X),
+    "step: v without batch": lambda: step(v=X.v[0, 0]),
+    "step: beta in half": lambda: step(beta=X.beta[:, 0].half()),
+    "step: state None": lambda: step(state=None),
+    "step: state transposed": lambda: step(state=X.initial_state.mT),
+    "step: state in half": lambda: step(state=X.initial_state.half()),
+    "step: state on meta": lambda: step(state=X.initial_state.to("meta")),
+    "step: scale a tensor": lambda: step(scale=torch.tensor(0.5)),
+    "step: inplace a number": lambda: step(inplace=1),
+    "step: inplace with gradients": lambda: step(
+        state=X.initial_state.clone().requires_grad_(), inplace=True
+    ),
+    "gated step: log_decay of V channels": lambda: step(
+        gated_delta_rule_step, log_decay=-G.v[:, 0].abs()
+    ),
+    "gated step: log_decay positive": lambda: step(
+        gated_delta_rule_step,
+        log_decay=gate((1, 0, 2), 0.5)[:, 0],
+        state=G.initial_state.clone(),
+        inplace=True,
+    ),
 }
 
 
@@ -158,21 +252,22 @@ def test_the_golden_answers_say_what_was_wanted_and_got():
         "argument unknown",
         "initial_state by position",
         "beta missing",
+        "log_decay missing",
     )  # Python's own words
+    rules = ("delta_rule", "delta_rule_step", "gated_delta_rule", "gated_delta_rule_step")
+    names = (*rules, "explain", "delta_chunkwise", "gated_chunkwise")
     for name, words in answers.items():
         assert words != "nothing raised", name
         if name not in from_python:
             assert ", got " in words, f"{name}: {words}"
-            assert words.split(": ")[1] in ("delta_rule", "explain", "delta_chunkwise"), (
-                f"{name}: {words}"
-            )
+            assert words.split(": ")[1] in names, f"{name}: {words}"
 
 
 def test_wrong_calls_launch_nothing_and_change_nothing():
-    saved = [x.clone() for x in (*X, *P)]
+    saved = [x.clone() for x in (*X, *P, *G)]
     for wrong in WRONG.values():
         answer(wrong)
-    assert all(torch.equal(x, y) for x, y in zip((*X, *P), saved, strict=True))
+    assert all(torch.equal(x, y) for x, y in zip((*X, *P, *G), saved, strict=True))
 
 
 def test_the_checks_take_less_than_a_millisecond():
@@ -205,6 +300,12 @@ def test_what_is_right_is_accepted():
         | {"beta": X.beta, "initial_state": X.initial_state}
     )
     call(**{n: x.bfloat16() for n, x in X._asdict().items()} | {"initial_state": None})
+    gated()
+    gated(log_decay=gate((0, 1), -torch.inf), min_log_decay=-torch.inf)
+    gated(log_decay=G.log_decay[..., 0], min_log_decay=-1)
+    gated(log_decay=torch.zeros_like(G.log_decay), min_log_decay=0.0)
+    step(inplace=False)
+    step(gated_delta_rule_step, log_decay=G.log_decay[:, 0, :, 0])
     wide = torch.zeros(2, 5, 3, 300)
     assert explain(delta_rule, wide, wide, X.v, X.beta).backend == "torch"
 
