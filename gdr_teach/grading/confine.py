@@ -64,9 +64,9 @@ def limit(memory: int, cpu_seconds: int, file_bytes: int = 2**24) -> None:
             resource.setrlimit(name, (value, value))
 
 
-def die_with_parent() -> None:
-    """Ask for SIGKILL when the process that forked this one ends (Linux)."""
-    _prctl(PR_SET_PDEATHSIG, 9)
+def signal_when_parent_ends(number: int) -> None:
+    """Ask for a signal when the process that started this one ends, however it ends (Linux)."""
+    _prctl(PR_SET_PDEATHSIG, number)
 
 
 def adopt_orphans() -> None:

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
+from typing import NoReturn
 
 from .protocol import Ended, send
 
@@ -25,7 +26,8 @@ def serve(control: socket.socket) -> None:
     from . import confine, worker
 
     confine.adopt_orphans()
-    confine.die_with_parent()
+    signal.signal(signal.SIGTERM, lambda *_: _leave())
+    confine.signal_when_parent_ends(signal.SIGTERM)
     signal.signal(
         signal.SIGINT, signal.SIG_IGN
     )  # Ctrl-C is for the grader, which then closes the channel
@@ -35,7 +37,7 @@ def serve(control: socket.socket) -> None:
     while True:
         _, descriptors, _, _ = socket.recv_fds(control, 1, 1)
         if not descriptors:
-            return
+            _leave()
         channel = socket.socket(fileno=descriptors[0])
         folder = Path(tempfile.mkdtemp(dir=Path.cwd()))  # one job leaves nothing for the next
         pid = os.fork()
@@ -45,9 +47,20 @@ def serve(control: socket.socket) -> None:
         send(control, {"kind": "started", "pid": pid})
         _, status = os.waitpid(pid, 0)
         _end_descendants()
-        with suppress(RecursionError):
-            shutil.rmtree(folder, ignore_errors=True)
+        _remove(folder)
         send(control, {"kind": "ended", "code": os.waitstatus_to_exitcode(status)})
+
+
+def _leave() -> NoReturn:
+    """End, with every process and file that is left, also when the grader was killed."""
+    _end_descendants()
+    _remove(Path.cwd())
+    os._exit(0)
+
+
+def _remove(folder: Path) -> None:
+    with suppress(RecursionError):  # a tree as deep as a learner's code could make it
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _be_worker(run: Callable[[], None]) -> None:

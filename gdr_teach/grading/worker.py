@@ -38,7 +38,7 @@ def run(
     job, _ = receive(channel)
     confine.limit(job["memory"], job["cpu_seconds"])
     if job["confined"]:
-        confine.die_with_parent()
+        confine.signal_when_parent_ends(signal.SIGKILL)
         confine.refuse(scratch, own if job["library"] else [*own, *library])
     os.chdir(scratch)
     if not job["library"]:

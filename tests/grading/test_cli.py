@@ -1,9 +1,11 @@
 """`gdr-teach` as it is called: what is printed where, which exit code, and what happens to files."""
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -136,3 +138,36 @@ def test_broken_progress_is_said_and_kept(course, capsys):
     assert cli.main(["progress"]) == 2
     assert "could not be read" in capsys.readouterr().err
     assert place.read_text() == "{"
+
+
+def test_a_killed_grader_leaves_no_process_and_no_folder(course, tmp_path):
+    """Killed while a worker runs an endless loop: the server ends by itself, and all that it started with it."""
+    psutil = pytest.importorskip("psutil")
+    place = tmp_path / "scratch"
+    place.mkdir()
+    cell = {"cell_type": "code", "source": "def read(S, q, scale):\n    while True: pass"}
+    Path("02_delta_rule.ipynb").write_text(json.dumps({"cells": [cell]}))
+    command = [sys.executable, "-m", "gdr_teach.cli", "grade", "02_delta_rule.ipynb"]
+    env = {**os.environ, "PYTHONPATH": str(Path(cli.__file__).parents[1]), "TMPDIR": str(place)}
+
+    def family() -> list[int]:
+        found = []
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error):
+                home = process.environ().get("HOME", "/")
+                if Path(home).is_relative_to(place) and process.status() != "zombie":
+                    found.append(process.pid)
+        return found
+
+    with subprocess.Popen(command, env=env, stderr=subprocess.DEVNULL) as grader:
+        until(lambda: len(family()) == 2, seconds=30)  # the server and a worker
+        grader.kill()
+    until(lambda: not family(), seconds=5)
+    until(lambda: not list(place.iterdir()), seconds=5)
+
+
+def until(true, seconds: float) -> None:
+    last = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < last
+        time.sleep(0.05)

@@ -144,7 +144,7 @@ def test_the_same_seed_gives_the_same_report(grade, exercise_02):
 
 def test_a_notebook_of_slow_cells_ends_in_time(grade, exercise_02, root):
     """Every cell overruns or takes nearly all it may: the time for the notebook holds, and an answer is still found."""
-    limits = Limits(cell=0.4, cells=0.8, task=1.0, notebook=4.0)
+    limits = Limits(cell=0.4, cells=0.8, task=1.0, notebook=3.0)
     slow = ["import time\ntime.sleep(99)"] * 3 + ["import time\ntime.sleep(0.3)"] * 12
     with Server(limits) as server:
         server.start()

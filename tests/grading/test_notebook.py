@@ -3,6 +3,7 @@
 import linecache
 import time
 
+import nbformat
 import pytest
 import torch
 
@@ -145,6 +146,21 @@ def test_every_import_of_the_exercise_is_used(root, exercise):
     text = "\n".join(read_cells(root / "exercises" / f"{exercise.id}.ipynb"))
     assert "hint(" in text
     assert "check(" in text
+
+
+def test_in_a_real_jupyter_kernel(root):
+    """Sources are found, kernels are checked in a process of their own, and every line is a passed one."""
+    nbclient = pytest.importorskip("nbclient")
+    book = nbformat.read(root / "solutions" / "02_delta_rule.ipynb", as_version=4)
+    nbclient.NotebookClient(book, timeout=60).execute()
+    said = "".join(
+        output.get("text", "")
+        for cell in book.cells
+        if cell.cell_type == "code" and "check(" in cell.source
+        for output in cell.outputs
+    )
+    assert said.count("✓ 02.") == 5
+    assert "✗" not in said
 
 
 # -- kernels: in a process of their own ------------------------------------------------------------
