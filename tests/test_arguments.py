@@ -142,7 +142,6 @@ WRONG = {
     "mode None": lambda: call(mode=None),
     "backend unknown": lambda: call(backend="cuda"),
     "backend a bool": lambda: call(backend=True),
-    "chunk mode in triton": lambda: call(mode="chunk", backend="triton"),
     "triton K too wide": lambda: call(
         q=torch.zeros(2, 5, 3, 300),
         k=torch.zeros(2, 5, 3, 300),

@@ -36,7 +36,8 @@ def delta_rule(
         initial_state: the state before the first token [N, H, K, V], in the state's dtype; default zeros.
         cu_seqlens: int32 or int64 [N + 1], from 0 to T without falling, on the CPU or q's device: document n
             has the tokens cu_seqlens[n] to cu_seqlens[n + 1] - 1 and a state of its own; B = 1. Default: B sequences.
-        mode: "recurrent", "chunk" or "auto" (recurrent for T <= 16).
+        mode: "recurrent", "chunk" or "auto" (recurrent for T <= 16; with triton always recurrent, for now: its chunk
+            kernel, for K, V <= 128 and half precision on CUDA, is taken when asked for).
         backend: "torch", "triton" (CPU tensors: interpreted; CUDA tensors: compiled) or "auto" (triton on CUDA where it
             is installed, else torch).
 
@@ -68,7 +69,7 @@ def path(
 def _plan(q, k, v, beta, *, mode: str, backend: str, **options) -> tuple[Sizes, Path]:
     tensors = {"q": q, "k": k, "v": v, "beta": beta}
     sizes = check_call("delta_rule", LAYOUT, tensors, mode=mode, backend=backend, **options)
-    return sizes, choose("delta_rule", sizes, q, mode, backend)
+    return sizes, choose("delta_rule", sizes, q, mode, backend, chunk_kernel=True)
 
 
 # -- the operator, forward ---------------------------------------------------------------------------------------------
@@ -90,9 +91,13 @@ def _forward(
     check_cu_seqlens_values("delta_rule", cu_seqlens, q.shape[1])
     options = {"scale": scale, "initial_state": initial_state, "cu_seqlens": cu_seqlens}
     if backend == "triton":
+        from .chunk import delta_chunk
         from .recurrent import delta_recurrent
 
-        out = delta_recurrent(q, k, v, beta, **options)
+        if mode == "chunk":
+            out = delta_chunk(q, k, v, beta, chunk_size=chunk_size, **options)
+        else:
+            out = delta_recurrent(q, k, v, beta, **options)
         return out.o, out.state
     from .reference import delta_chunkwise, delta_recurrence
 
@@ -136,8 +141,11 @@ def _backward(
         "cu_seqlens": cu_seqlens,
     }
     if backend == "triton":
+        from .chunk import delta_chunk_backward
         from .recurrent import delta_recurrent_backward
 
+        if mode == "chunk":
+            return delta_chunk_backward(do, q, k, v, beta, chunk_size=chunk_size, **options)
         return delta_recurrent_backward(do, q, k, v, beta, **options)
     from .transpose import delta_chunkwise_backward, delta_recurrence_backward
 

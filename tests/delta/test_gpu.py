@@ -61,6 +61,48 @@ def test_packed_documents_equal_a_loop_over_them(dtype, where):
         assert torch.equal(got.state[n : n + 1], want.state)
 
 
+# as in test_chunk.py, for the sizes that compile
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    ("keys", "beta", "rtol"),
+    [("unit", None, 1e-2), ("cos0.9", 1.0, 2e-2), ("identical", 1.0, 3e-2)],
+)
+@pytest.mark.parametrize(
+    "shape",
+    [(2, 200, 2, 64, 64), (1, 130, 3, 100, 40), (1, 200, 1, 128, 128), (1, 1, 1, 16, 16)],
+    ids=str,
+)
+def test_chunk_kernels_stay_near_the_token_loop(dtype, keys, beta, rtol, shape):
+    x = delta_inputs(*shape, dtype=dtype, keys=keys, beta=beta)
+    exact = Inputs(*(y.double() for y in x))
+    do, dstate = torch.randn_like(exact.v), torch.randn_like(exact.initial_state)
+    want = delta_recurrence(*exact[:4], initial_state=exact.initial_state)
+    wants = gradients(delta_rule, exact, do, dstate, mode="recurrent")
+    far, way = on_gpu(x), {"backend": "triton", "mode": "chunk"}
+    got = delta_rule(*far[:4], initial_state=far.initial_state, **way)
+    found = gradients(delta_rule, far, do.cuda(), dstate.cuda(), **way)
+    again = gradients(delta_rule, far, do.cuda(), dstate.cuda(), **way)
+    assert all(torch.equal(a, b) for a, b in zip(found, again, strict=True))
+    for name, g, w in zip(("o", "state", *NAMES), (*got, *found), (*want, *wants), strict=True):
+        assert_rows_close(
+            rows(g), w[..., None] if w.dim() == 3 else w, rtol=rtol, norm="tensor", name=name
+        )
+
+
+def test_chunk_kernels_on_packed_documents():
+    ends = [0, 63, 63, 64, 128, 193, 300]
+    x = on_gpu(delta_inputs(1, 300, 2, 64, 64, N=6, dtype=torch.bfloat16))
+    way = {"backend": "triton", "mode": "chunk"}
+    got = delta_rule(*x[:4], initial_state=x.initial_state, cu_seqlens=torch.tensor(ends), **way)
+    for n in range(6):
+        own = slice(ends[n], ends[n + 1])
+        want = delta_rule(
+            *(y[:, own] for y in x[:4]), initial_state=x.initial_state[n : n + 1], **way
+        )
+        assert torch.equal(got.o[:, own], want.o)
+        assert torch.equal(got.state[n : n + 1], want.state)
+
+
 def test_values_are_looked_at_when_asked():
     x = on_gpu(delta_inputs(1, 5, 1, 4, 4, N=2, dtype=torch.float32))
     with value_checks(), pytest.raises(ValueError, match="must not decrease"):

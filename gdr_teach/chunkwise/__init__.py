@@ -1,0 +1,1 @@
+"""The rule-free machinery of the chunk form: inverse, prepare, scan, gradients (chapters 6 to 9)."""

@@ -1,0 +1,151 @@
+"""Second stage, the only serial one: a walk over the chunks with the state in registers, forward and in reverse.
+
+The two kernels are each other's transpose, line by line. Everything is held as [V, .]: S as [V, K], U as [V, C]. Then
+the state, rounded once a chunk, is the first operand of almost every product, where a GPU takes it from registers.
+
+    forward                                         reverse (dO is the gradient of O, D of the state)
+    P = V - K S                                     dU = K D + scale * A^T dO
+    U = T' P                                        dP = T'^T dU
+    O = scale * (Q S + A U),  A = tril(Q K^T)
+    S <- S + K^T U                                  D <- D + scale * Q^T dO - K^T dP
+"""
+
+# pyright: reportArgumentType=false
+import triton.language as tl
+
+from ..runtime import kernel
+from .place import sequence_place
+from .triangular import times_transposed
+
+
+@kernel
+def scan_tied_kernel(
+    p_q,  # [B, T, H, K]
+    p_k,  # [B, T, H, K]
+    p_v,  # [B, T, H, V]
+    p_T,  # [B, T, H, C]
+    p_state0,  # [N, H, K, V] or None
+    p_cu,  # [N + 1] or None
+    p_o,  # [B, T, H, V] or None
+    p_U,  # [B, T, H, V] or None: the backward wants U and the state before each chunk
+    p_starts,  # [slots, H, V, K] or None
+    p_state,  # [N, H, K, V] or None
+    scale,
+    T,
+    H,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+    NV: tl.constexpr,
+    C: tl.constexpr,
+    DOT: tl.constexpr,
+    PREC: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """(2.6) to (2.8), chunk after chunk. Grid: N * H * NV, tiles of V fastest."""
+    i_v, i_nh = tl.program_id(0) % NV, tl.program_id(0) // NV
+    i_n, i_h = i_nh // H, i_nh % H
+    row, count, slot = sequence_place(p_cu, i_n, i_h, T, H, C)
+    i_t = tl.arange(0, C)  # [C]
+    i_k = tl.arange(0, BK)  # [BK]
+    i_c = i_v * BV + tl.arange(0, BV)  # [BV] columns of the textbook's S, rows here
+    m_k, m_v = i_k < K, i_c < V
+    m_s = m_v[:, None] & m_k[None, :]  # [BV, BK]
+    o_s = i_nh.to(tl.int64) * K * V + i_k[None, :] * V + i_c[:, None]  # [BV, BK] of [K, V]
+    o_h = (slot * H + i_h) * V * K + i_c[:, None] * K + i_k[None, :]  # [BV, BK] of [V, K]
+
+    b_S = tl.zeros([BV, BK], dtype=ACC)
+    if p_state0 is not None:
+        b_S += tl.load(p_state0 + o_s, mask=m_s, other=0.0).to(ACC)
+    for start in range(0, count, C):
+        m_t = start + i_t < count
+        o_t = row + (start + i_t).to(tl.int64) * H  # [C]
+        m_tk, m_tv = m_t[:, None] & m_k[None, :], m_t[:, None] & m_v[None, :]
+        o_tk, o_tv = o_t[:, None] * K + i_k[None, :], o_t[:, None] * V + i_c[None, :]
+        b_k = tl.load(p_k + o_tk, mask=m_tk, other=0.0).to(DOT)  # [C, BK]
+        b_v = tl.load(p_v + o_tv, mask=m_tv, other=0.0)  # [C, BV]
+        b_T = tl.load(p_T + o_t[:, None] * C + i_t[None, :], mask=m_t[:, None], other=0.0)  # [C, C]
+        b_Sd = b_S.to(DOT)
+        if p_starts is not None:
+            tl.store(p_starts + o_h, b_Sd, mask=m_s)
+            o_h += H * V * K
+        b_P = tl.dot(b_Sd, tl.trans(b_k), input_precision=PREC, out_dtype=ACC)  # [BV, C]
+        # the difference before the rounding: where the memory is right it is small, and its digits count
+        b_P = (tl.trans(b_v).to(ACC) - b_P).to(DOT)
+        b_U = times_transposed(b_P, b_T, True, DOT, PREC, ACC)  # [BV, C]      (2.6)
+        b_Ud = b_U.to(DOT)  # [BV, C]
+        if p_U is not None:
+            tl.store(p_U + o_tv, tl.trans(b_Ud).to(p_U.dtype.element_ty), mask=m_tv)
+        if p_o is not None:
+            b_q = tl.load(p_q + o_tk, mask=m_tk, other=0.0).to(DOT)  # [C, BK]
+            b_At = tl.dot(b_k, tl.trans(b_q), input_precision=PREC, out_dtype=ACC)  # [C, C] A^T
+            b_At = tl.where(i_t[:, None] <= i_t[None, :], b_At, 0.0).to(DOT)
+            b_o = tl.dot(b_Sd, tl.trans(b_q), input_precision=PREC, out_dtype=ACC)
+            b_o = tl.dot(b_Ud, b_At, b_o, input_precision=PREC, out_dtype=ACC) * scale  # (2.7)
+            tl.store(p_o + o_tv, tl.trans(b_o.to(p_o.dtype.element_ty)), mask=m_tv)
+        b_S = tl.dot(b_Ud, b_k, b_S, input_precision=PREC, out_dtype=ACC)  # (2.8)
+    if p_state is not None:
+        tl.store(p_state + o_s, b_S, mask=m_s)
+
+
+@kernel
+def reverse_scan_tied_kernel(
+    p_q,  # [B, T, H, K]
+    p_k,  # [B, T, H, K]
+    p_T,  # [B, T, H, C]
+    p_cu,  # [N + 1] or None
+    p_do,  # [B, T, H, V]
+    p_dstate,  # [N, H, K, V]
+    p_dP,  # [B, T, H, V]
+    p_ends,  # [slots, H, V, K]
+    p_dstate0,  # [N, H, K, V]
+    scale,
+    T,
+    H,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+    NV: tl.constexpr,
+    C: tl.constexpr,
+    DOT: tl.constexpr,
+    PREC: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """(2.13), last chunk first. Grid: N * H * NV, tiles of V fastest."""
+    i_v, i_nh = tl.program_id(0) % NV, tl.program_id(0) // NV
+    i_n, i_h = i_nh // H, i_nh % H
+    row, count, slot = sequence_place(p_cu, i_n, i_h, T, H, C)
+    i_t = tl.arange(0, C)  # [C]
+    i_k = tl.arange(0, BK)  # [BK]
+    i_c = i_v * BV + tl.arange(0, BV)  # [BV]
+    m_k, m_v = i_k < K, i_c < V
+    m_s = m_v[:, None] & m_k[None, :]  # [BV, BK]
+    o_s = i_nh.to(tl.int64) * K * V + i_k[None, :] * V + i_c[:, None]  # [BV, BK] of [K, V]
+    n_chunks = (count + C - 1) // C
+    o_h = ((slot + n_chunks - 1) * H + i_h) * V * K + i_c[:, None] * K + i_k[None, :]
+
+    b_D = tl.load(p_dstate + o_s, mask=m_s, other=0.0).to(ACC)  # [BV, BK]
+    for i in range(n_chunks):
+        start = (n_chunks - 1 - i) * C
+        m_t = start + i_t < count
+        o_t = row + (start + i_t).to(tl.int64) * H  # [C]
+        m_tk, m_tv = m_t[:, None] & m_k[None, :], m_t[:, None] & m_v[None, :]
+        o_tk, o_tv = o_t[:, None] * K + i_k[None, :], o_t[:, None] * V + i_c[None, :]
+        b_q = tl.load(p_q + o_tk, mask=m_tk, other=0.0).to(DOT)  # [C, BK]
+        b_k = tl.load(p_k + o_tk, mask=m_tk, other=0.0).to(DOT)  # [C, BK]
+        b_do = tl.load(p_do + o_tv, mask=m_tv, other=0.0).to(DOT)  # [C, BV]
+        b_T = tl.load(p_T + o_t[:, None] * C + i_t[None, :], mask=m_t[:, None], other=0.0)  # [C, C]
+        b_Dd = b_D.to(DOT)
+        tl.store(p_ends + o_h, b_Dd, mask=m_s)
+        o_h -= H * V * K
+        b_A = tl.dot(b_q, tl.trans(b_k), input_precision=PREC, out_dtype=ACC) * scale  # [C, C]
+        b_A = tl.where(i_t[:, None] >= i_t[None, :], b_A, 0.0).to(DOT)
+        b_dU = tl.dot(b_Dd, tl.trans(b_k), input_precision=PREC, out_dtype=ACC)  # [BV, C]
+        b_dU = tl.dot(tl.trans(b_do), b_A, b_dU, input_precision=PREC, out_dtype=ACC)
+        b_dP = times_transposed(b_dU.to(DOT), b_T, False, DOT, PREC, ACC)  # [BV, C]
+        tl.store(p_dP + o_tv, tl.trans(b_dP.to(p_dP.dtype.element_ty)), mask=m_tv)
+        b_D += scale * tl.dot(tl.trans(b_do), b_q, input_precision=PREC, out_dtype=ACC)
+        b_D = tl.dot((-b_dP).to(DOT), b_k, b_D, input_precision=PREC, out_dtype=ACC)
+    tl.store(p_dstate0 + o_s, b_D, mask=m_s)

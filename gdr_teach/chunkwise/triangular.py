@@ -1,0 +1,76 @@
+"""Unit lower triangular matrices inside a kernel: the inverse by divide and conquer.
+
+    (I + A)^{-1},  A strictly lower, C x C.  For two blocks of size m on the diagonal, already inverted to X_1, X_2:
+
+        [I + A_1      0     ]^{-1}     [     X_1         0  ]
+        [  A_21    I + A_2  ]       =  [ -X_2 A_21 X_1  X_2 ]                                        (6.1)
+
+log2(C) - 1 doublings, two matrix products each, all on whole C x C tiles with masks. Every intermediate is the inverse
+of a diagonal block, whose entries stay small where the state does; a Neumann series would pass through powers of A that
+reach 1e18 for identical keys before they cancel (docs/kernels.md).
+"""
+
+# pyright: reportArgumentType=false, reportGeneralTypeIssues=false
+import triton.language as tl
+
+from ..runtime import kernel
+
+
+@kernel
+def unit_lower_inverse(
+    b_A, C: tl.constexpr, DOT: tl.constexpr, PREC: tl.constexpr, ACC: tl.constexpr
+):
+    """(6.1) for b_A [C, C] in ACC, strictly lower. Operands are rounded to DOT, sums are ACC."""
+    i, j = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
+    # blocks of two: [[1, 0], [a, 1]] has the inverse [[1, 0], [-a, 1]]
+    b_X = tl.where(i == j, 1.0, tl.where((i // 2 == j // 2) & (i > j), -b_A, 0.0)).to(ACC)
+    b_Ad = b_A.to(DOT)  # [C, C]
+    for level in tl.static_range(1, 8):
+        if 2 << level <= C:
+            b_Xd = b_X.to(DOT)
+            b_P = tl.dot(b_Xd, b_Ad, input_precision=PREC, out_dtype=ACC)  # X_2 A_21, and more
+            same_pair = (i >> (level + 1)) == (j >> (level + 1))
+            below = (i >> level) > (j >> level)
+            b_P = tl.where(same_pair & below, b_P, 0.0)
+            b_X -= tl.dot(b_P.to(DOT), b_Xd, input_precision=PREC, out_dtype=ACC)
+    return b_X
+
+
+@kernel
+def times_transposed(
+    b_X, b_T, TRANSPOSE: tl.constexpr, DOT: tl.constexpr, PREC: tl.constexpr, ACC: tl.constexpr
+):
+    """X T^T (or X T) for X [V, C] in DOT and T [C, C] in ACC, with T as the sum of two numbers of DOT's precision.
+
+    Rounding T once to bfloat16 is not enough: with identical keys T is a Toeplitz matrix, the same in every chunk, so
+    its errors neither average nor change sign, and at beta = 2 the state grows by them (docs/log.md).
+    """
+    b_high = b_T.to(DOT)
+    b_low = (b_T - b_high.to(ACC)).to(DOT)
+    if TRANSPOSE:
+        b_high, b_low = tl.trans(b_high), tl.trans(b_low)
+    b_Y = tl.dot(b_X, b_high, input_precision=PREC, out_dtype=ACC)
+    if DOT != ACC:
+        b_Y = tl.dot(b_X, b_low, b_Y, input_precision=PREC, out_dtype=ACC)
+    return b_Y
+
+
+@kernel
+def guarded_inverse(
+    b_A,
+    C: tl.constexpr,
+    DOT: tl.constexpr,
+    PREC: tl.constexpr,
+    ACC: tl.constexpr,
+    SAFE: tl.constexpr,
+):
+    """The inverse with fp16 operands where DOT is fp16, again with more range where it left fp16's.
+
+    fp16 has the digits (11) but not the range (65504): keys longer than 1 can leave it. One maximum and one branch
+    decide; NaN takes the branch as well, because it is not below any bound.
+    """
+    b_X = unit_lower_inverse(b_A, C, DOT, PREC, ACC)
+    if DOT == tl.float16:  # noqa: SIM102  this one is decided when compiling, the next one when running
+        if not (tl.max(tl.abs(b_X)) < 16384.0):
+            b_X = unit_lower_inverse(b_A, C, tl.float32, SAFE, ACC)
+    return b_X
