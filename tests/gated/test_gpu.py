@@ -1,0 +1,121 @@
+"""The compiled kernels of the gated delta rule on a CUDA device. Skipped without one."""
+
+import pytest
+import torch
+
+from gdr_teach import (
+    delta_rule_step,
+    explain,
+    gated_delta_rule,
+    gated_delta_rule_step,
+    value_checks,
+)
+from gdr_teach.gated.reference import gated_recurrence
+from gdr_teach.testing import DECAYS, assert_rows_close, gated_inputs, gradients
+
+pytestmark = pytest.mark.gpu
+DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+SHAPES = [(2, 65, 2, 64, 64), (1, 33, 3, 100, 40), (1, 17, 1, 256, 256), (1, 1, 1, 1, 1)]
+
+
+def on_gpu(x):
+    return type(x)(*(y.cuda() for y in x))
+
+
+def over_time(x: torch.Tensor) -> torch.Tensor:
+    """[B, T, H] as [B, H, T]: where a token has one number, a row is a head's numbers over time."""
+    return (x.transpose(1, 2) if x.dim() == 3 else x).cpu()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("gate", [None, "mixed", *DECAYS], ids=str)
+@pytest.mark.parametrize("per", ["head", "channel"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_rounds_no_more_than_pytorch(dtype, gate, per, shape):
+    x = gated_inputs(*shape, dtype=dtype, keys="cos0.9", per=per, log_decay=gate)
+    x = x._replace(log_decay=x.log_decay.float())  # float16 has no gradient of a strong decay
+    exact = type(x)(*(y.double() for y in x))
+    do, dstate = torch.randn_like(exact.v), torch.randn_like(exact.initial_state)
+    far, plain_way = on_gpu(x), {"backend": "torch", "mode": "recurrent"}
+    want = gated_recurrence(*exact[:-1], initial_state=exact.initial_state)
+    plain = gated_recurrence(*x[:-1], initial_state=x.initial_state)
+    options = {"backend": "triton", "mode": "recurrent"}
+    got = gated_delta_rule(*far[:-1], initial_state=far.initial_state, **options)
+    assert_rows_close(got.o.cpu(), want.o, rtol=1e-6, rounded=plain.o, name="o")
+    assert_rows_close(got.state.cpu(), want.state, rtol=1e-6, rounded=plain.state, name="state")
+    wants = gradients(gated_delta_rule, exact, do, dstate, **plain_way)
+    plain = gradients(gated_delta_rule, x, do, dstate, **plain_way)
+    found = gradients(gated_delta_rule, far, do.cuda(), dstate.cuda(), **options)
+    for name, *gpw in zip(x._fields, found, plain, wants, strict=True):
+        g, p, w = map(over_time, gpw)
+        assert_rows_close(g, w, rtol=1e-6, rounded=p, name=f"d{name}")
+
+
+@pytest.mark.parametrize("T", [1, 16, 300])
+def test_auto_takes_the_kernel(T):
+    x = on_gpu(gated_inputs(1, T, 2, 64, 64, dtype=torch.bfloat16))
+    assert explain(gated_delta_rule, *x[:-1], mode="recurrent").backend == "triton"
+    assert gated_delta_rule(*x[:-1]).o.isfinite().all()
+
+
+def test_long_sequences_in_segments():
+    x = gated_inputs(1, 1000, 2, 16, 16, dtype=torch.float32)
+    do, dstate = torch.randn_like(x.v), torch.randn_like(x.initial_state)
+    options = {"backend": "triton", "mode": "recurrent"}
+    found = gradients(gated_delta_rule, on_gpu(x), do.cuda(), dstate.cuda(), **options)
+    exact = type(x)(*(y.double() for y in x))
+    wants = gradients(gated_delta_rule, exact, do.double(), dstate.double(), backend="torch")
+    for name, g, w in zip(x._fields, found, wants, strict=True):
+        assert_rows_close(g.cpu(), w, rtol=1e-4, norm="tensor", name=f"d{name}")
+
+
+@pytest.mark.parametrize("per", ["head", "channel"])
+def test_a_hundred_runs_have_equal_bits(per):
+    x = on_gpu(gated_inputs(4, 70, 8, 64, 64, dtype=torch.bfloat16, per=per))
+    do, dstate = torch.randn_like(x.v), torch.randn_like(x.initial_state)
+    options = {"backend": "triton", "mode": "recurrent"}
+    first = gradients(gated_delta_rule, x, do, dstate, **options)
+    for _ in range(100):
+        again = gradients(gated_delta_rule, x, do, dstate, **options)
+        assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+@pytest.mark.parametrize("where", ["cpu", "cuda"])
+def test_packed_documents_equal_a_loop_over_them(where):
+    ends = [0, 7, 7, 8, 40]
+    x = on_gpu(gated_inputs(1, 40, 2, 64, 32, N=4, dtype=torch.bfloat16))
+    options = {"backend": "triton", "mode": "recurrent"}
+    cu = torch.tensor(ends, device=where)
+    got = gated_delta_rule(*x[:-1], initial_state=x.initial_state, cu_seqlens=cu, **options)
+    for n in range(4):
+        own = slice(ends[n], ends[n + 1])
+        start = x.initial_state[n : n + 1]
+        want = gated_delta_rule(*(y[:, own] for y in x[:-1]), initial_state=start, **options)
+        assert torch.equal(got.o[:, own], want.o)
+        assert torch.equal(got.state[n : n + 1], want.state)
+
+
+def test_values_are_looked_at_when_asked():
+    x = on_gpu(gated_inputs(1, 5, 1, 4, 4, dtype=torch.float32))
+    x.log_decay[0, 2, 0, 1] = 1.0
+    with value_checks(), pytest.raises(ValueError, match="log_decay must be <= 0"):
+        gated_delta_rule(*x[:-1])
+
+
+@pytest.mark.parametrize("step", [delta_rule_step, gated_delta_rule_step])
+def test_a_step_in_place_can_be_captured_in_a_graph(step):
+    x = on_gpu(gated_inputs(2, 1, 4, 64, 64, dtype=torch.bfloat16))
+    tokens = [y[:, 0] for y in (x[:4] if step is delta_rule_step else x[:-1])]
+    state = x.initial_state.clone()
+    want = step(*tokens, state)
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        step(*tokens, state.clone(), inplace=True)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = step(*tokens, state, inplace=True)
+    graph.replay()
+    torch.cuda.synchronize()
+    assert torch.equal(got.o, want.o)
+    assert torch.equal(state, want.state)
