@@ -10,8 +10,10 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from beartype import beartype
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jaxtyping import TypeCheckError, jaxtyped
 
 from gdr_teach import delta_rule, gated_delta_rule
 from gdr_teach.testing import (
@@ -25,7 +27,7 @@ from gdr_teach.testing import (
     gradients,
 )
 
-WAYS = [("torch", "recurrent"), ("torch", "chunk"), ("triton", "recurrent")]
+WAYS = (("torch", "recurrent"), ("torch", "chunk"), ("triton", "recurrent"))
 
 
 class Rule(NamedTuple):
@@ -35,20 +37,18 @@ class Rule(NamedTuple):
     inputs: Callable  # how its inputs are drawn
     oracle: Callable  # float64, token by token
     extra: tuple = ()  # what its custom operator takes between `scale` and the way
+    ways: tuple[tuple[str, str], ...] = WAYS
     data: tuple[dict, ...] = ({},)  # options of `inputs` that random calls choose from
 
 
 DECAYED = tuple({"log_decay": g} for g in (None, "mixed", *DECAYS))
+GATED = {"extra": (None,), "data": DECAYED}
 RULES = {
-    "delta": Rule(delta_rule, delta_inputs, delta_oracle),
+    "delta": Rule(delta_rule, delta_inputs, delta_oracle, ways=(*WAYS, ("triton", "chunk"))),
     "gated-head": Rule(
-        gated_delta_rule,
-        functools.partial(gated_inputs, per="head"),
-        gated_oracle,
-        (None,),
-        DECAYED,
+        gated_delta_rule, functools.partial(gated_inputs, per="head"), gated_oracle, **GATED
     ),
-    "gated-channel": Rule(gated_delta_rule, gated_inputs, gated_oracle, (None,), DECAYED),
+    "gated-channel": Rule(gated_delta_rule, gated_inputs, gated_oracle, **GATED),
 }
 
 
@@ -80,7 +80,7 @@ class Case(NamedTuple):
 
 
 CASES = {
-    f"{name}-{'-'.join(way)}": Case(rule, *way) for name, rule in RULES.items() for way in WAYS
+    f"{name}-{'-'.join(way)}": Case(rule, *way) for name, rule in RULES.items() for way in rule.ways
 }
 every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 
@@ -162,6 +162,17 @@ def test_without_initial_state_and_with_a_scale(case):
     one = torch.ones_like(x.v), torch.zeros_like(x.initial_state)
     want = gradients(case.rule.oracle, zero, *one, scale=-0.3)
     hold([*(leaf.grad for leaf in leaves), want.initial_state.clone()], want, 1e-11)
+
+
+@every_case
+def test_the_shapes_written_in_the_signature_hold(case):
+    # not by the import hook: the operator must stay plain for torch.compile
+    checked = jaxtyped(typechecker=beartype)(case.rule.op)
+    x, cu = case.packed([3, 0, 4])
+    out = checked(*x[:-1], initial_state=x.initial_state, cu_seqlens=cu, **case.way)
+    assert out.state.shape == (3, 2, 4, 3)
+    with pytest.raises(TypeCheckError):
+        checked(x.q, x.k, x.v, x.beta[..., None], *x[4:-1])
 
 
 # -- packing, strides, memory ------------------------------------------------------------------------------------------
@@ -293,7 +304,7 @@ def test_a_gradient_of_a_gradient_is_refused_in_words(case):
 
 @every_case
 def test_causality_is_exact(case):
-    sizes = (1, 70 if case.backend == "torch" else 20, 2, 4, 3)
+    sizes = (1, 20 if case.backend == "triton" and case.mode == "recurrent" else 70, 2, 4, 3)
     x, other = (case.inputs(*sizes, dtype=torch.float32, seed=seed) for seed in (0, 1))
     before = case.call(*x).o
     for t in (1, 9, 18):
@@ -354,7 +365,7 @@ def test_autocast_casts_nothing(case):
 @every_case
 @pytest.mark.parametrize("pack", [False, True], ids=["dense", "packed"])
 def test_opcheck(case, pack):
-    x, cu = case.packed([1, 0, 3])
+    x, cu = case.packed([1, 0, 2])
     x = x if pack else x._replace(initial_state=x.initial_state[:1])
     options = (cu if pack else None, 0.5, *case.rule.extra, *case.way.values())
     options += (64 if case.mode == "chunk" else 0,)
@@ -369,7 +380,7 @@ def test_opcheck(case, pack):
 @every_case
 @pytest.mark.parametrize("pack", [False, True], ids=["dense", "packed"])
 def test_torch_compile_in_one_graph(case, pack):
-    x, cu = case.packed([1, 0, 3])
+    x, cu = case.packed([1, 0, 2])
     x = x if pack else x._replace(initial_state=x.initial_state[:1])
     leaves = needing_gradients(x)
     op, options = case.rule.op, {"cu_seqlens": cu if pack else None, **case.way}
@@ -442,8 +453,8 @@ def in_float64(case) -> Callable:
 
 
 @every_case
-@settings(max_examples=8, deadline=None, derandomize=True)
-@given(drawn=calls(longest=8, widest=24))
+@settings(max_examples=6, deadline=None, derandomize=True)
+@given(drawn=calls(longest=6, widest=24))
 def test_small_random_calls(case, drawn):
     hold_normwise(case, drawn, case.rule.oracle)
 
@@ -458,7 +469,7 @@ def test_large_random_calls_by_chunks(rule, drawn):
 
 @pytest.mark.parametrize("rule", RULES)
 @settings(max_examples=3, deadline=None, derandomize=True)
-@given(drawn=calls(longest=20, widest=128))
+@given(drawn=calls(longest=10, widest=128))
 def test_wide_random_calls_of_the_kernel(rule, drawn):
     case = CASES[f"{rule}-triton-recurrent"]
     hold_normwise(case, drawn, in_float64(case))
