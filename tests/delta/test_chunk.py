@@ -151,7 +151,8 @@ def test_chunk_slots_cover_every_token_once():
         assert sorted(seen) == list(range(sum(lengths)))
 
 
-def test_compiles_for_hopper_without_spilling(monkeypatch):
+@pytest.mark.parametrize("stage", ["prepare", "scan", "states", "reverse_scan", "grads"])
+def test_compiles_for_hopper_without_spilling(stage, monkeypatch):
     """K = V = 64 in bfloat16, the size that was tuned; the table over sizes and targets is to come."""
 
     class Compiled(chunk._Call):
@@ -165,9 +166,7 @@ def test_compiles_for_hopper_without_spilling(monkeypatch):
         run(x)
     names = [launch.kernel.__name__.removesuffix("_tied_kernel") for launch in launches]
     assert names == ["prepare", "scan", "prepare", "scan", "reverse_scan", "grads"]
-    for launch in launches:
-        report = compile_launch(launch, "sm_90")
-        assert report.spilled == 0, report
-        assert report.shared <= SHARED_LIMIT["sm_90"] // 2, (
-            f"fewer than two programs at a time: {report}"
-        )
+    names[3] = "states"  # the scan once more, for the states and U
+    report = compile_launch(launches[names.index(stage)], "sm_90")
+    assert report.spilled == 0, report
+    assert report.shared <= SHARED_LIMIT["sm_90"] // 2, f"not two programs at a time: {report}"
