@@ -14,7 +14,7 @@ Backward, with do_t the gradient of o_t, D_t of S_t (all that comes after token 
 (5.10) wants S~_t and D~_t at once, and one of them comes forwards in time, the other backwards. The way of the delta
 rule, two walks and no state in memory, exists here too: dg_t is the sum of q * dq and k * dk over all later tokens.
 It is not taken: that sum is a difference of large numbers, and where the decay is strong nothing is left of it (at
-g = -20 float32 keeps no digit, and float64 seven). Instead the forward walk is repeated and leaves the state of every
+g = -20 float32 keeps no digit, and float64 six). Instead the forward walk is repeated and leaves the state of every
 SEG-th token; the reverse walk takes one segment after the other, walks it forwards once more with its S~_t written
 down, and then back. That keeps T / SEG + SEG states a head, 2 sqrt(T), and every product is formed as it stands.
 """

@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+pytest.importorskip("triton")
+
 from gdr_teach import (
     delta_rule,
     delta_rule_step,
