@@ -46,9 +46,8 @@ def delta_recurrence(
     o = torch.zeros_like(v)[:, :0]
     if q.shape[1]:
         rows = []
-        for q_t, k_t, v_t, beta_t in zip(
-            *(x.to(S.dtype).unbind(1) for x in (q, k, v, beta)), strict=True
-        ):
+        steps = (x.to(S.dtype).unbind(1) for x in (q, k, v, beta))
+        for q_t, k_t, v_t, beta_t in zip(*steps, strict=True):
             r_t = v_t - (k_t[..., None, :] @ S)[..., 0, :]  # [B, H, V]      (2.1)
             u_t = beta_t[..., None] * r_t  # (2.2)
             S = S + k_t[..., :, None] * u_t[..., None, :]  # (2.3)
