@@ -6,7 +6,7 @@ Reading order, from the data to the verdict:
 2. `checks`, `tasks`         what a check is, and the checks of each exercise with their float64 references
 3. `protocol`                the only thing that crosses a process border: a JSON header and raw arrays
 4. `server`, `worker`        the processes that run the learner's code; they hold no reference
-5. `client`, `grade`         the process that holds the references and takes the verdict
+5. `client`, `job`, `grade`  the process that holds the references and takes the verdict
 6. `notebook`, `progress`    what a learner calls, and what is remembered
 
 Importing this package imports neither torch nor triton. docs/grading.md explains the design and its limits.

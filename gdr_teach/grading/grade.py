@@ -10,7 +10,8 @@ from typing import Any
 
 from .cells import read_cells, which_exercise
 from .checks import Check, Result, Verdict, generator
-from .client import Lost, Server
+from .client import Server
+from .job import Lost
 from .language import say
 from .manifest import Exercise, Task
 from .tasks import checks_of

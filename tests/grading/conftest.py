@@ -13,11 +13,12 @@ import pytest
 
 from gdr_teach.grading.build import BEGIN, END, notebook
 from gdr_teach.grading.cells import read_cells
-from gdr_teach.grading.client import Limits, Server
+from gdr_teach.grading.client import Server
 from gdr_teach.grading.grade import Report, TaskReport, grade_sources, template_cells
+from gdr_teach.grading.job import Limits
 from gdr_teach.grading.manifest import Exercise, exercises, find_root
 
-QUICK = Limits(cell=1.5, cells=4.0, task=2.0, notebook=30.0, memory=3 * 2**29, processes=8)
+PATIENT = Limits(cell=2.0, cells=10.0, task=15.0, notebook=60.0)  # also when the machine is busy
 ROOT = find_root(Path(__file__).parent)
 
 
@@ -72,7 +73,7 @@ def scratch(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture(scope="session")
 def server() -> Iterator[Server]:
-    with pytest.MonkeyPatch.context() as patch, Server(QUICK) as server:
+    with pytest.MonkeyPatch.context() as patch, Server(PATIENT) as server:
         patch.setenv("GDR_SECRET", "what is in the grader's environment")
         server.start()
         yield server

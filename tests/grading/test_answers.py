@@ -26,7 +26,7 @@ def test_untouched_gets_nothing(exercise, root, grade):
 
 def test_wrong_answer_loses_what_it_should(wrong_answer, grade_answer):
     exercise, given = wrong_answer
-    for seed in (0, 2**31):
+    for seed in seeds(given):
         report = grade_answer(exercise, given, seed)
         lost = [verdict for verdict in report.verdicts if not verdict.passed]
         assert (report.state, report.points) == ("failed", 0)
@@ -36,7 +36,7 @@ def test_wrong_answer_loses_what_it_should(wrong_answer, grade_answer):
 
 def test_right_answer_loses_nothing(right_answer, grade_answer):
     exercise, given = right_answer
-    for seed in (0, 1, 2**32 - 1):
+    for seed in seeds(given):
         report = grade_answer(exercise, given, seed)
         assert [verdict for verdict in report.verdicts if not verdict.passed] == []
         assert report.points == report.task.points > 0
@@ -60,6 +60,11 @@ def test_every_reason_of_a_check_is_told_to_some_wrong_answer(exercise, answers_
         for check in checks_of(task.id):
             own = f"checks.{task.id}.{check.id}.wrong"
             assert own in told or check.id == "untouched", own
+
+
+def seeds(given: dict) -> tuple[int, ...]:
+    """Several, but one for kernels: an interpreted kernel takes as long as ten array tasks."""
+    return (1,) if given["task"].endswith("_kernel") else (0, 1, 2**32 - 1)
 
 
 def says(key: str, reason: str) -> bool:

@@ -11,8 +11,11 @@ import pytest
 from gdr_teach.grading.cells import read_cells
 from gdr_teach.grading.client import Server
 from gdr_teach.grading.grade import Report, grade_sources, template_cells
+from gdr_teach.grading.job import Limits
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="the grader needs POSIX limits")
+
+QUICK = Limits(cell=1.5, cells=4.0, task=2.0, notebook=30.0, memory=3 * 2**29, processes=8)
 
 # bodies of 02.read: read(S, q, scale)
 ANSWERS = {
@@ -252,15 +255,15 @@ UNCONFINED = (
 
 
 @pytest.mark.parametrize("attack", ANSWERS)
-def test_answer(attack, attacked, server):
-    report = attacked(server, body=ANSWERS[attack])
+def test_answer(attack, attacked, closed_server):
+    report = attacked(closed_server, body=ANSWERS[attack])
     assert states(report)[0] == "failed"
     assert set(states(report)[1:]) == {"passed"}
 
 
 @pytest.mark.parametrize("attack", CELLS)
-def test_cell(attack, attacked, server):
-    report = attacked(server, body="...", cell=CELLS[attack])
+def test_cell(attack, attacked, closed_server):
+    report = attacked(closed_server, body="...", cell=CELLS[attack])
     expected = "failed" if attack == "syntax error" else "not attempted"
     assert states(report)[0] in (expected, "not attempted")
     if attack not in HARM_ONESELF:
@@ -275,13 +278,19 @@ def test_answer_where_the_system_refuses_nothing(attack, attacked, open_server):
 
 
 @pytest.fixture(scope="session")
-def open_server(server):
-    with Server(server.limits, confined=False) as open_server:
+def closed_server():
+    with Server(QUICK) as closed_server:
+        yield closed_server
+
+
+@pytest.fixture(scope="session")
+def open_server():
+    with Server(QUICK, confined=False) as open_server:
         yield open_server
 
 
 @pytest.fixture
-def attacked(tmp_path, exercise_02, built, root, scratch, server, open_server):
+def attacked(tmp_path, exercise_02, built, root, scratch, server, closed_server, open_server):
     """Grade a file with an attack in it; the file stays, nothing appears beside it, no process is left.
 
     Without the kernel task, which takes longer than the others together.
@@ -296,7 +305,7 @@ def attacked(tmp_path, exercise_02, built, root, scratch, server, open_server):
         report = grade_sources(read_cells(path), arrays, template_cells(root, arrays), 5, by)
         assert path.read_bytes() == before
         assert list(tmp_path.rglob("*")) == [path]
-        assert left_behind(scratch, server.pid, open_server.pid) == []
+        assert left_behind(scratch, server.pid, closed_server.pid, open_server.pid) == []
         assert report.tasks[0].points == 0
         return report
 
