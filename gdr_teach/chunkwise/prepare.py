@@ -41,7 +41,8 @@ def prepare_tied_kernel(
     b_beta = tl.load(p_beta + o_t, mask=m_t, other=0.0).to(ACC)  # [C]
     b_L = tl.dot(b_k, tl.trans(b_k), input_precision=PREC, out_dtype=ACC)  # [C, C]
     b_L = tl.where(i_t[:, None] > i_t[None, :], b_L * b_beta[:, None], 0.0)
-    b_X = guarded_inverse(b_L, C, INVERSE, PREC, ACC, SAFE)
+    # bfloat16 inputs have 8 digits to lose and the inverse's 11 are enough; float16 inputs want them all
+    b_X = guarded_inverse(b_L, C, INVERSE, PREC, ACC, SAFE, DOT == tl.float16)
     b_beta = tl.load(p_beta + o_t, mask=m_t, other=0.0).to(
         ACC
     )  # again: held through the inverse it would spill

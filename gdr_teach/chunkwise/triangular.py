@@ -37,6 +37,20 @@ def unit_lower_inverse(
 
 
 @kernel
+def refined_inverse(
+    b_A, b_X, C: tl.constexpr, DOT: tl.constexpr, PREC: tl.constexpr, ACC: tl.constexpr
+):
+    """One step X <- X + X (I - (I + A) X), the residual from operands split in two: the digits the rounding cost."""
+    i, j = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
+    b_Ah, b_Xh = b_A.to(DOT), b_X.to(DOT)
+    b_R = tl.where(i == j, 1.0, 0.0).to(ACC) - b_X
+    b_R -= tl.dot(b_Ah, b_Xh, input_precision=PREC, out_dtype=ACC)
+    b_R -= tl.dot(b_Ah, (b_X - b_Xh.to(ACC)).to(DOT), input_precision=PREC, out_dtype=ACC)
+    b_R -= tl.dot((b_A - b_Ah.to(ACC)).to(DOT), b_Xh, input_precision=PREC, out_dtype=ACC)
+    return b_X + tl.dot(b_Xh, b_R.to(DOT), input_precision=PREC, out_dtype=ACC)
+
+
+@kernel
 def times_transposed(
     b_X, b_T, TRANSPOSE: tl.constexpr, DOT: tl.constexpr, PREC: tl.constexpr, ACC: tl.constexpr
 ):
@@ -63,13 +77,16 @@ def guarded_inverse(
     PREC: tl.constexpr,
     ACC: tl.constexpr,
     SAFE: tl.constexpr,
+    REFINE: tl.constexpr,
 ):
-    """The inverse with fp16 operands where DOT is fp16, again with more range where it left fp16's.
+    """The inverse, refined once where REFINE, and again with more range where it left fp16's.
 
     fp16 has the digits (11) but not the range (65504): keys longer than 1 can leave it. One maximum and one branch
     decide; NaN takes the branch as well, because it is not below any bound.
     """
     b_X = unit_lower_inverse(b_A, C, DOT, PREC, ACC)
+    if REFINE:
+        b_X = refined_inverse(b_A, b_X, C, DOT, PREC, ACC)
     if DOT == tl.float16:  # noqa: SIM102  this one is decided when compiling, the next one when running
         if not (tl.max(tl.abs(b_X)) < 16384.0):
             b_X = unit_lower_inverse(b_A, C, tl.float32, SAFE, ACC)

@@ -17,14 +17,9 @@ from gdr_teach.delta.chunk import delta_chunk, delta_chunk_backward
 from gdr_teach.delta.reference import delta_recurrence
 from gdr_teach.runtime import kernel, poisoned, recorded
 from gdr_teach.sanitizer import sanitize
-from gdr_teach.testing import Inputs, assert_rows_close, delta_inputs, gradients
+from gdr_teach.testing import Inputs, as_rows, assert_rows_close, delta_inputs, gradients
 
 NAMES = ("dq", "dk", "dv", "dbeta", "dstate0")
-
-
-def rows(x: torch.Tensor) -> torch.Tensor:
-    """[B, T, H] as [B, T, H, 1], so that the last axis is a row."""
-    return x[..., None] if x.dim() == 3 else x
 
 
 def run(x: Inputs, cu=None, C: int = 64):
@@ -44,7 +39,7 @@ def test_any_chunk_size_gives_the_same(C, keys, beta):
     wants = gradients(delta_recurrence, x, *ones)
     got = run(x, C=C)
     for name, g, w in zip(("o", "state", *NAMES), got, (*want, *wants), strict=True):
-        assert_rows_close(rows(g), rows(w), rtol=1e-11, name=name)
+        assert_rows_close(as_rows(g), as_rows(w), rtol=1e-11, name=name)
 
 
 @pytest.mark.parametrize("C", [4, 16])
@@ -69,20 +64,22 @@ def test_every_element_is_written_and_nothing_else_is_touched(shape):
     assert all(torch.equal(g, w) for g, w in zip(got, want, strict=True))
 
 
-# measured with rounding where the kernels round (docs/log.md); the design's budget is 1e-2, 2e-2 for cos 0.9 keys and
-# 1e-1 for dbeta at beta = 2, which the two last lines do not keep yet
-NORMWISE = [
-    ("unit", 1.0, 1e-2, 1e-2),
-    ("cos0.9", 1.0, 1e-2, 2e-2),
-    ("cos0.9", 2.0, 2e-2, 1e-1),
-    ("identical", 1.0, 3e-2, 1e-1),
-    ("identical", 2.0, 1e-1, 1e-1),
-]
+# The design's budget: 1e-2, 2e-2 for cos 0.9 keys, 1e-1 for dbeta at identical keys or beta = 2. float16 keeps it;
+# bfloat16 does not at identical keys, where S and U are rounded to 8 digits (docs/log.md): this holds what it reaches.
+BUDGET = {
+    "unit, 1": ("unit", 1.0, 1e-2, 1e-2),
+    "cos 0.9, 1": ("cos0.9", 1.0, 2e-2, 2e-2),
+    "cos 0.9, 2": ("cos0.9", 2.0, 2e-2, 1e-1),
+    "identical, 1": ("identical", 1.0, {torch.float16: 1e-2, torch.bfloat16: 3e-2}, 1e-1),
+    "identical, 2": ("identical", 2.0, {torch.float16: 1e-2, torch.bfloat16: 1e-1}, 1e-1),
+}
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize(("keys", "beta", "rtol", "rtol_beta"), NORMWISE)
-def test_half_precision_stays_near_the_token_loop(dtype, keys, beta, rtol, rtol_beta):
+@pytest.mark.parametrize("case", BUDGET)
+def test_half_precision_stays_near_the_token_loop(dtype, case):
+    keys, beta, rtol, rtol_beta = BUDGET[case]
+    rtol = rtol[dtype] if isinstance(rtol, dict) else rtol
     x = delta_inputs(1, 200, 1, 64, 64, dtype=dtype, keys=keys, beta=beta)
     exact = Inputs(*(y.double() for y in x))
     do, dstate = torch.randn_like(exact.v), torch.randn_like(exact.initial_state)
@@ -93,14 +90,16 @@ def test_half_precision_stays_near_the_token_loop(dtype, keys, beta, rtol, rtol_
     found = gradients(delta_rule, x, do, dstate, **way)
     for name, g, w in zip(("o", "state", *NAMES), (*got, *found), (*want, *wants), strict=True):
         limit = rtol_beta if name == "dbeta" else rtol
-        assert_rows_close(rows(g), rows(w), rtol=limit, norm="tensor", name=name)
+        assert_rows_close(as_rows(g), as_rows(w), rtol=limit, norm="tensor", name=name)
 
 
 @kernel
-def inverse_kernel(p_A, p_X, C: tl.constexpr, DOT: tl.constexpr, ACC: tl.constexpr):
+def inverse_kernel(
+    p_A, p_X, C: tl.constexpr, DOT: tl.constexpr, ACC: tl.constexpr, REFINE: tl.constexpr
+):
     """X = (I + A)^-1."""
     i = tl.arange(0, C)[:, None] * C + tl.arange(0, C)[None, :]
-    tl.store(p_X + i, guarded_inverse(tl.load(p_A + i), C, DOT, "ieee", ACC, "ieee"))
+    tl.store(p_X + i, guarded_inverse(tl.load(p_A + i), C, DOT, "ieee", ACC, "ieee", REFINE))
 
 
 @kernel
@@ -114,9 +113,24 @@ def unguarded_kernel(p_A, p_X, C: tl.constexpr, DOT: tl.constexpr, ACC: tl.const
 def test_inverse(C):
     A = 0.3 * torch.randn(C, C, dtype=torch.float64).tril(-1)
     X = torch.zeros_like(A)
-    inverse_kernel[(1,)](A, X, C, tl.float64, tl.float64)
+    inverse_kernel[(1,)](A, X, C, tl.float64, tl.float64, False)
     want = torch.linalg.inv(torch.eye(C, dtype=torch.float64) + A)
     assert_rows_close(X[None], want[None], rtol=1e-10)
+
+
+@pytest.mark.parametrize("cosine", [0.0, 0.9, 1.0])
+@pytest.mark.parametrize("beta", [1.0, 2.0])
+def test_refining_gives_the_digits_back(cosine, beta):
+    k = torch.nn.functional.normalize(torch.randn(64, 64) + cosine * 40, dim=-1)
+    A = (beta * k @ k.T).tril(-1)
+    want = torch.linalg.inv(torch.eye(64, dtype=torch.float64) + A.double())
+    error = []
+    for refine in (False, True):
+        X = torch.zeros_like(A)
+        inverse_kernel[(1,)](A, X, 64, tl.float16, tl.float32, refine)
+        error.append(((X - want).norm() / want.norm()).item())
+    assert error[0] > 4e-5  # or there would be nothing to refine
+    assert error[1] < error[0] / 10
 
 
 @pytest.mark.filterwarnings("ignore:overflow", "ignore:invalid", "ignore:All-NaN")
@@ -127,7 +141,7 @@ def test_the_guard_catches_what_fp16_cannot_hold():
     X = torch.zeros_like(A)
     unguarded_kernel[(1,)](A, X, 64, tl.float16, tl.float32)
     assert not X.isfinite().all()
-    inverse_kernel[(1,)](A, X, 64, tl.float16, tl.float32)
+    inverse_kernel[(1,)](A, X, 64, tl.float16, tl.float32, True)
     assert_rows_close(X[None], want[None], rtol=1e-4, norm="tensor")
 
 
