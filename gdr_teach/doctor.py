@@ -77,7 +77,7 @@ def printer(stream: TextIO) -> Callable[[str, str, str], None]:
         from rich.text import Text
     except ImportError:
         return lambda state, head, rest: print(head + rest, file=stream)
-    console = Console(file=stream, highlight=False, soft_wrap=True)
+    console = Console(file=stream, highlight=False, soft_wrap=True, force_jupyter=False)
     return lambda state, head, rest: console.print(Text(head, style=COLOUR[state]) + Text(rest))
 
 

@@ -37,6 +37,14 @@ def test_one_line_a_check_with_state_and_purpose(monkeypatch):
         assert ("To do:" in line) == (state != "ok")
 
 
+def test_inside_jupyter_the_lines_still_go_to_the_stream(monkeypatch):
+    # rich, seeing Jupyter, would show them in the notebook and leave the stream empty
+    monkeypatch.setattr("rich.console._is_jupyter", lambda: True)
+    _, lines, closing = consult(monkeypatch)
+    assert all(lines.values())
+    assert closing
+
+
 def test_this_machine_computes_what_a_hand_does():
     words = doctor.load_words()
     assert doctor.CHECKS["delta"](words).state == "ok"

@@ -47,7 +47,7 @@ def delta_rule(
     Differentiable in q, k, v, beta and initial_state, through o and through state, once.
     Raises: TypeError or ValueError that names the argument, what was wanted and what was got; ImportError when
         backend="triton" and triton is missing; RuntimeError for a gradient of a gradient.
-    Source: Schlag, Irie, Schmidhuber 2021, equation 24; Yang et al. 2024, equation 2.
+    Source: Schlag, Irie, Schmidhuber 2021, section 4.2; Yang et al. 2024, section 2.
     """
     options = {"scale": scale, "initial_state": initial_state, "cu_seqlens": cu_seqlens}
     sizes, way = _plan(q, k, v, beta, mode=mode, backend=backend, **options)

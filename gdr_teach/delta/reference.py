@@ -8,7 +8,7 @@ One token, state S of shape [K, V] (the transpose of the textbook's S_t):
     o_t = scale * S_t^T q_t                   read                                               (2.4)
 
 Both functions are ordinary differentiable PyTorch. Needs torch only. Source: Yang et al. 2024, "Parallelizing
-linear transformers with the delta rule over sequence length", equations 2-3 and 8-11.
+linear transformers with the delta rule over sequence length", sections 2 and 3.
 """
 
 import torch

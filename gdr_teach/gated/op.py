@@ -65,7 +65,7 @@ def gated_delta_rule(
     Differentiable in q, k, v, beta, log_decay and initial_state, through o and through state, once.
     Raises: TypeError or ValueError that names the argument, what was wanted and what was got; ImportError when
         backend="triton" and triton is missing; RuntimeError for a gradient of a gradient.
-    Source: Yang et al. 2024, "Gated Delta Networks", equation 10; Kimi Team 2025, "Kimi Linear", equation 1.
+    Source: Yang et al. 2024, "Gated Delta Networks"; Kimi Team 2025, "Kimi Linear".
     """
     options = {"scale": scale, "initial_state": initial_state, "cu_seqlens": cu_seqlens}
     options |= {"mode": mode, "backend": backend, "min_log_decay": min_log_decay}

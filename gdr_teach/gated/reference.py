@@ -9,8 +9,8 @@ One token, state S of shape [K, V]; g_t = log_decay_t <= 0 is one number a head,
     o_t = scale * S_t^T q_t                                                                          (5.5)
 
 With g = 0 this is the delta rule (2.1) to (2.4). Both functions are ordinary differentiable PyTorch and right for any
-decay, -inf (a reset) included. Needs torch only. Sources: Yang et al. 2024, "Gated Delta Networks", equation 10; Kimi
-Team 2025, "Kimi Linear", equation 1.
+decay, -inf (a reset) included. Needs torch only. Sources: Yang et al. 2024, "Gated Delta Networks"; Kimi Team
+2025, "Kimi Linear".
 """
 
 import torch
