@@ -8,12 +8,14 @@ BIN := .venv/bin
 export PYTHON PIP_ARGS
 
 .DEFAULT_GOAL := help
-.PHONY: help lab test check format notebooks bench constraints setup clean
+.PHONY: help lab test check compile-check matrix format notebooks bench constraints setup clean
 
 help:
 	@echo 'make lab            set up, then open the course in JupyterLab'
 	@echo 'make test           set up, then run every test and every notebook'
 	@echo 'make check          lint, format, types; notebooks and exercises in step with their sources'
+	@echo 'make compile-check  compile every kernel for sm_80, sm_90, gfx942; compare with the stored table'
+	@echo 'make matrix         the kernels interpreted on every triton we know'
 	@echo 'make format         rewrite the code in the one format'
 	@echo 'make notebooks      build the exercises and execute the notebooks whose sources changed'
 	@echo 'make bench          time the ops on this machine'
@@ -42,6 +44,12 @@ check: setup
 	$(BIN)/pyright
 	$(BIN)/python tools/notebooks.py --check
 	$(BIN)/python -m gdr_teach.grading.build --check
+
+compile-check: setup
+	$(BIN)/python tools/compile_check.py
+
+matrix: setup
+	@sh tools/matrix.sh
 
 format: setup
 	$(BIN)/ruff check --fix-only .

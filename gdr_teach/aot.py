@@ -38,13 +38,17 @@ POINTER = {
 
 @dataclass(frozen=True)
 class Report:
-    """What one compiled kernel asks of one target: registers a thread, spilled and shared bytes."""
+    """What one compiled kernel asks of one target: registers a thread, spilled and shared bytes.
+
+    tensor_core counts the matrix instructions in the code (wgmma and mma on NVIDIA, mfma on AMD).
+    """
 
     kernel: str
     target: str
     registers: int
     spilled: int
     shared: int
+    tensor_core: int
 
 
 def compile_launch(launch: Launch, target: str) -> Report:
@@ -84,11 +88,14 @@ def compile_launch(launch: Launch, target: str) -> Report:
         text = compiled.asm["amdgcn"]
         registers = _number(r"\.vgpr_count:\s+(\d+)", text)
         spilled = 4 * _number(r"\.vgpr_spill_count:\s+(\d+)", text)
+        tensor_core = text.count("v_mfma_")
     else:
         text = log.getvalue()
         registers = _number(r"Used (\d+) registers", text)
         spilled = _number(r"(\d+) bytes spill stores", text)
-    return Report(fn.__name__, target, registers, spilled, compiled.metadata.shared)
+        tensor_core = len(re.findall(r"wgmma\.mma_async|mma\.sync", compiled.asm["ptx"]))
+    shared = compiled.metadata.shared
+    return Report(fn.__name__, target, registers, spilled, shared, tensor_core)
 
 
 def _type_of(value) -> str:

@@ -157,6 +157,11 @@ def recorded() -> Iterator[list[Launch]]:
         _recordings.remove(recording)
 
 
+def compiles(tensor: torch.Tensor) -> bool:
+    """Whether a launch on this tensor would be compiled, so that tiles must be what a GPU can take."""
+    return bool(_recordings) or tensor.device.type != "cpu"
+
+
 # -- the kernel decorator ----------------------------------------------------------------------------------------------
 
 

@@ -15,8 +15,8 @@ from ..chunkwise.grads import grads_tied_kernel
 from ..chunkwise.prepare import prepare_tied_kernel
 from ..chunkwise.scan import reverse_scan_tied_kernel, scan_tied_kernel
 from ..notation import Output, state_dtype
-from ..runtime import cdiv, new_empty
-from .recurrent import accumulator, dense, next_power_of_2
+from ..runtime import cdiv, compiles, new_empty, next_power_of_2
+from .recurrent import accumulator, dense
 
 CHUNK_SIZE = {torch.float32: 16}  # compiled; every other dtype takes 64 (docs/kernels.md)
 
@@ -92,7 +92,7 @@ class _Call:
         # slots for the chunks of all sequences, whatever their lengths: see chunkwise/place.py
         per_sequence = self.N * cdiv(self.T, self.C)
         self.slots = per_sequence if cu_seqlens is None else self.T // self.C + self.N
-        compiled = q.device.type != "cpu"
+        compiled = compiles(q)
         self.floor = floor = 16 if compiled else 1  # the smallest side of a compiled tl.dot
         self.BK = max(next_power_of_2(self.K), floor)
         self.BV = min(max(next_power_of_2(self.V), floor), 64)
