@@ -24,7 +24,7 @@ import threading
 import types
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -138,23 +138,17 @@ class Launch:
     grid: tuple[int, ...]
 
 
-@dataclass
-class _Recording:
-    launches: list[Launch] = field(default_factory=list)
-
-
-_recordings: list[_Recording] = []
+_recordings: list[list[Launch]] = []
 
 
 @contextlib.contextmanager
 def recorded() -> Iterator[list[Launch]]:
     """Inside, launches are written down instead of run: what `aot` compiles is what a call would launch."""
-    recording = _Recording()
-    _recordings.append(recording)
+    _recordings.append([])
     try:
-        yield recording.launches
+        yield _recordings[-1]
     finally:
-        _recordings.remove(recording)
+        _recordings.pop()
 
 
 def compiles(tensor: torch.Tensor) -> bool:
@@ -170,7 +164,7 @@ class Kernel(JITFunction):
 
     def run(self, *args, grid, warmup, **kwargs):
         if _recordings:
-            _recordings[-1].launches.append(Launch(self, args, kwargs, grid))
+            _recordings[-1].append(Launch(self, args, kwargs, grid))
             return None
         if not warmup and runs_on_cpu(self, args, kwargs):
             return _interpret(self, args, kwargs, grid)

@@ -14,6 +14,7 @@ from beartype import beartype
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jaxtyping import TypeCheckError, jaxtyped
+from torch import library
 
 from gdr_teach import delta_rule, gated_delta_rule
 from gdr_teach.testing import (
@@ -373,8 +374,8 @@ def test_opcheck(case, pack):
     forward, backward = (
         getattr(torch.ops.gdr_teach, f"{name}{suffix}").default for suffix in ("", "_backward")
     )
-    torch.library.opcheck(forward, (*needing_gradients(x), *options))
-    torch.library.opcheck(backward, (*cotangents(x), *x, *options))
+    library.opcheck(forward, (*needing_gradients(x), *options))
+    library.opcheck(backward, (*cotangents(x), *x, *options))
 
 
 @every_case

@@ -18,8 +18,6 @@ from ..notation import Output, state_dtype
 from ..runtime import cdiv, compiles, new_empty, next_power_of_2
 from .recurrent import accumulator, dense
 
-CHUNK_SIZE = {torch.float32: 16}  # compiled; every other dtype takes 64 (docs/kernels.md)
-
 
 def delta_chunk(
     q: Tensor,

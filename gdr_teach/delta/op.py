@@ -2,7 +2,7 @@
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, library
 
 from ..arguments import check_call, check_cu_seqlens_values
 from ..notation import Output, Path, Sizes, state_dtype
@@ -75,7 +75,7 @@ def _plan(q, k, v, beta, *, mode: str, backend: str, **options) -> tuple[Sizes, 
 # -- the operator, forward ---------------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("gdr_teach::delta_rule", mutates_args=())
+@library.custom_op("gdr_teach::delta_rule", mutates_args=())
 def _forward(
     q: Tensor,
     k: Tensor,
@@ -119,7 +119,7 @@ def _(q, k, v, beta, initial_state, cu_seqlens, scale, backend, mode, chunk_size
 # -- the operator, backward --------------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("gdr_teach::delta_rule_backward", mutates_args=())
+@library.custom_op("gdr_teach::delta_rule_backward", mutates_args=())
 def _backward(
     do: Tensor,
     dstate: Tensor,

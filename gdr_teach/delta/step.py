@@ -2,7 +2,7 @@
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, library
 
 from ..arguments import check_step
 from ..notation import Output
@@ -49,7 +49,7 @@ def delta_rule_step(
     return Output(out.o[:, 0], out.state)
 
 
-@torch.library.custom_op("gdr_teach::delta_rule_step", mutates_args=("state",))
+@library.custom_op("gdr_teach::delta_rule_step", mutates_args=("state",))
 def _in_place(
     q: Tensor, k: Tensor, v: Tensor, beta: Tensor, state: Tensor, scale: float, backend: str
 ) -> Tensor:

@@ -2,7 +2,7 @@
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, library
 
 from ..arguments import (
     check_call,
@@ -110,7 +110,7 @@ def _plan(q, k, v, beta, log_decay, *, mode, backend, min_log_decay, **options):
 # -- the operator, forward ---------------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("gdr_teach::gated_delta_rule", mutates_args=())
+@library.custom_op("gdr_teach::gated_delta_rule", mutates_args=())
 def _forward(
     q: Tensor,
     k: Tensor,
@@ -167,7 +167,7 @@ def _(
 # -- the operator, backward --------------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("gdr_teach::gated_delta_rule_backward", mutates_args=())
+@library.custom_op("gdr_teach::gated_delta_rule_backward", mutates_args=())
 def _backward(
     do: Tensor,
     dstate: Tensor,

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import library
 
 pytest.importorskip("triton")
 
@@ -130,4 +131,4 @@ def test_in_one_graph(step, rule, x):
 def test_opcheck(step, rule, x):
     operator = getattr(torch.ops.gdr_teach, step.__name__).default
     for backend in ("torch", "triton"):
-        torch.library.opcheck(operator, (*tokens(x, 0), x.initial_state.clone(), 0.5, backend))
+        library.opcheck(operator, (*tokens(x, 0), x.initial_state.clone(), 0.5, backend))
