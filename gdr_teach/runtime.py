@@ -138,22 +138,22 @@ class Launch:
     grid: tuple[int, ...]
 
 
-_recordings: list[list[Launch]] = []
+_recordings: list[tuple[str, list[Launch]]] = []
 
 
 @contextlib.contextmanager
-def recorded() -> Iterator[list[Launch]]:
-    """Inside, launches are written down instead of run: what `aot` compiles is what a call would launch."""
-    _recordings.append([])
+def recorded(target: str = "sm_90") -> Iterator[list[Launch]]:
+    """Inside, launches are written down instead of run: what `aot` compiles is what a call would launch on target."""
+    _recordings.append((target, []))
     try:
-        yield _recordings[-1]
+        yield _recordings[-1][1]
     finally:
         _recordings.pop()
 
 
-def compiles(tensor: torch.Tensor) -> bool:
-    """Whether a launch on this tensor would be compiled, so that tiles must be what a GPU can take."""
-    return bool(_recordings) or tensor.device.type != "cpu"
+def recording() -> str | None:
+    """The target that launches are written down for; None outside `recorded`."""
+    return _recordings[-1][0] if _recordings else None
 
 
 # -- the kernel decorator ----------------------------------------------------------------------------------------------
@@ -164,7 +164,7 @@ class Kernel(JITFunction):
 
     def run(self, *args, grid, warmup, **kwargs):
         if _recordings:
-            _recordings[-1].append(Launch(self, args, kwargs, grid))
+            _recordings[-1][1].append(Launch(self, args, kwargs, grid))
             return None
         if not warmup and runs_on_cpu(self, args, kwargs):
             return _interpret(self, args, kwargs, grid)

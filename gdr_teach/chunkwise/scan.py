@@ -4,10 +4,13 @@ The two kernels are each other's transpose, line by line. Everything is held as 
 the state, rounded once a chunk, is the first operand of almost every product, where a GPU takes it from registers.
 
     forward                                         reverse (dO is the gradient of O, D of the state)
-    P = V - K S                                     dU = K D + scale * A^T dO
-    U = T' P                                        dP = T'^T dU
-    O = scale * (Q S + A U),  A = tril(Q K^T)
-    S <- S + K^T U                                  D <- D + scale * Q^T dO - K^T dP
+    S <- fade_1 * S,  P = V - K~ S                  dU = K^ D + scale * A^T dO
+    R = X P,  U = beta * R                          dP = X^T (beta * dU)
+    O = scale * (Q~ S + A U)                        D <- fade * D + scale * Q~^T dO - K~^T dP        (6.13)
+    S <- fade * S + K^^T U                          D <- fade_1 * D                                  (6.14)
+
+X, A, Q~, K~, K^, fade_1 and fade come from `prepare`; without decay Q~ = Q, K~ = K^ = K, both factors are 1 and
+A = tril(Q K^T) is formed here.
 """
 
 # pyright: reportArgumentType=false
@@ -15,19 +18,23 @@ import triton.language as tl
 
 from ..runtime import kernel
 from .place import sequence_place
-from .triangular import times_transposed
+from .triangular import add_product, times_inverse
 
 
 @kernel
 def scan_tied_kernel(
-    p_q,  # [B, T, H, K]
-    p_k,  # [B, T, H, K]
+    p_q,  # [B, T, H, K] Q~
+    p_k,  # [B, T, H, K] K~
+    p_kw,  # [B, T, H, K] K^, or None: it is K~
     p_v,  # [B, T, H, V]
-    p_T,  # [B, T, H, C]
+    p_beta,  # [B, T, H]
+    p_X,  # [B, T, H, C]
+    p_A,  # [B, T, H, C] or None, without decay, and so is p_fade
+    p_fade,  # [slots, H, 2, K]
     p_state0,  # [N, H, K, V] or None
     p_cu,  # [N + 1] or None
     p_o,  # [B, T, H, V] or None
-    p_U,  # [B, T, H, V] or None: the backward wants U and the state before each chunk
+    p_R,  # [B, T, H, V] or None: the backward wants R and the state before each chunk
     p_starts,  # [slots, H, V, K] or None
     p_state,  # [N, H, K, V] or None
     scale,
@@ -43,7 +50,7 @@ def scan_tied_kernel(
     PREC: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """(2.6) to (2.8), chunk after chunk. Grid: N * H * NV, tiles of V fastest."""
+    """(6.13), (6.14), chunk after chunk. Grid: N * H * NV, tiles of V fastest."""
     i_v, i_nh = tl.program_id(0) % NV, tl.program_id(0) // NV
     i_n, i_h = i_nh // H, i_nh % H
     row, count, slot = sequence_place(p_cu, i_n, i_h, T, H, C)
@@ -54,6 +61,7 @@ def scan_tied_kernel(
     m_s = m_v[:, None] & m_k[None, :]  # [BV, BK]
     o_s = i_nh.to(tl.int64) * K * V + i_k[None, :] * V + i_c[:, None]  # [BV, BK] of [K, V]
     o_h = (slot * H + i_h) * V * K + i_c[:, None] * K + i_k[None, :]  # [BV, BK] of [V, K]
+    o_f = (slot * H + i_h) * 2 * K + i_k  # [BK]
 
     b_S = tl.zeros([BV, BK], dtype=ACC)
     if p_state0 is not None:
@@ -63,43 +71,58 @@ def scan_tied_kernel(
         o_t = row + (start + i_t).to(tl.int64) * H  # [C]
         m_tk, m_tv = m_t[:, None] & m_k[None, :], m_t[:, None] & m_v[None, :]
         o_tk, o_tv = o_t[:, None] * K + i_k[None, :], o_t[:, None] * V + i_c[None, :]
+        o_C, m_C = o_t[:, None] * C + i_t[None, :], m_t[:, None]
         b_k = tl.load(p_k + o_tk, mask=m_tk, other=0.0).to(DOT)  # [C, BK]
         b_v = tl.load(p_v + o_tv, mask=m_tv, other=0.0)  # [C, BV]
-        b_T = tl.load(p_T + o_t[:, None] * C + i_t[None, :], mask=m_t[:, None], other=0.0)  # [C, C]
+        b_beta = tl.load(p_beta + o_t, mask=m_t, other=0.0).to(ACC)  # [C]
+        b_X = tl.load(p_X + o_C, mask=m_C, other=0.0)  # [C, C]
+        if p_fade is not None:
+            b_S *= tl.load(p_fade + o_f, mask=m_k, other=0.0)[None, :]
         b_Sd = b_S.to(DOT)
         if p_starts is not None:
             tl.store(p_starts + o_h, b_Sd, mask=m_s)
-            o_h += H * V * K
         b_P = tl.dot(b_Sd, tl.trans(b_k), input_precision=PREC, out_dtype=ACC)  # [BV, C]
         # the difference before the rounding: where the memory is right it is small, and its digits count
-        b_P = (tl.trans(b_v).to(ACC) - b_P).to(DOT)
-        b_U = times_transposed(b_P, b_T, True, DOT, PREC, ACC)  # [BV, C]      (2.6)
-        b_Ud = b_U.to(DOT)  # [BV, C]
-        if p_U is not None:
-            tl.store(p_U + o_tv, tl.trans(b_Ud).to(p_U.dtype.element_ty), mask=m_tv)
+        b_P = tl.trans(b_v).to(ACC) - b_P
+        b_R = times_inverse(b_P, b_X, True, DOT, PREC, ACC)  # [BV, C]
+        if p_R is not None:
+            tl.store(p_R + o_tv, tl.trans(b_R.to(p_R.dtype.element_ty)), mask=m_tv)
+        b_U = b_R * b_beta[None, :]  # [BV, C]
         if p_o is not None:
             b_q = tl.load(p_q + o_tk, mask=m_tk, other=0.0).to(DOT)  # [C, BK]
-            b_At = tl.dot(b_k, tl.trans(b_q), input_precision=PREC, out_dtype=ACC)  # [C, C] A^T
-            b_At = tl.where(i_t[:, None] <= i_t[None, :], b_At, 0.0).to(DOT)
-            b_o = tl.dot(b_Sd, tl.trans(b_q), input_precision=PREC, out_dtype=ACC)
-            b_o = tl.dot(b_Ud, b_At, b_o, input_precision=PREC, out_dtype=ACC) * scale  # (2.7)
+            if p_A is None:
+                b_At = tl.dot(b_k, tl.trans(b_q), input_precision=PREC, out_dtype=ACC)  # A^T [C, C]
+                b_At = tl.where(i_t[:, None] <= i_t[None, :], b_At, 0.0).to(DOT)
+            else:
+                b_At = tl.trans(tl.load(p_A + o_C, mask=m_C, other=0.0).to(DOT))
+            b_o = tl.dot(b_Sd, tl.trans(b_q), input_precision=PREC, out_dtype=ACC)  # [BV, C]
+            b_o = add_product(b_o, b_U, b_At, DOT, PREC, ACC) * scale  # (6.13)
             tl.store(p_o + o_tv, tl.trans(b_o.to(p_o.dtype.element_ty)), mask=m_tv)
-        b_S = tl.dot(b_Ud, b_k, b_S, input_precision=PREC, out_dtype=ACC)  # (2.8)
+        if p_kw is not None:
+            b_k = tl.load(p_kw + o_tk, mask=m_tk, other=0.0).to(DOT)  # [C, BK]
+            b_S *= tl.load(p_fade + o_f + K, mask=m_k, other=0.0)[None, :]
+        b_S = add_product(b_S, b_U, b_k, DOT, PREC, ACC)  # (6.14)
+        o_h += H * V * K
+        o_f += H * 2 * K
     if p_state is not None:
         tl.store(p_state + o_s, b_S, mask=m_s)
 
 
 @kernel
 def reverse_scan_tied_kernel(
-    p_q,  # [B, T, H, K]
-    p_k,  # [B, T, H, K]
-    p_T,  # [B, T, H, C]
+    p_q,  # [B, T, H, K] Q~
+    p_k,  # [B, T, H, K] K~
+    p_kw,  # [B, T, H, K] K^, or None: it is K~
+    p_beta,  # [B, T, H]
+    p_X,  # [B, T, H, C]
+    p_A,  # [B, T, H, C] or None, without decay, and so is p_fade
+    p_fade,  # [slots, H, 2, K]
     p_cu,  # [N + 1] or None
     p_do,  # [B, T, H, V]
-    p_dstate,  # [N, H, K, V]
+    p_dstate,  # [N, H, K, V] or None
     p_dP,  # [B, T, H, V]
     p_ends,  # [slots, H, V, K]
-    p_dstate0,  # [N, H, K, V]
+    p_dstate0,  # [N, H, K, V] or None
     scale,
     T,
     H,
@@ -113,7 +136,7 @@ def reverse_scan_tied_kernel(
     PREC: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """(2.13), last chunk first. Grid: N * H * NV, tiles of V fastest."""
+    """(6.14) reversed, last chunk first. Grid: N * H * NV, tiles of V fastest."""
     i_v, i_nh = tl.program_id(0) % NV, tl.program_id(0) // NV
     i_n, i_h = i_nh // H, i_nh % H
     row, count, slot = sequence_place(p_cu, i_n, i_h, T, H, C)
@@ -126,26 +149,43 @@ def reverse_scan_tied_kernel(
     n_chunks = (count + C - 1) // C
     o_h = ((slot + n_chunks - 1) * H + i_h) * V * K + i_c[:, None] * K + i_k[None, :]
 
-    b_D = tl.load(p_dstate + o_s, mask=m_s, other=0.0).to(ACC)  # [BV, BK]
+    o_f = ((slot + n_chunks - 1) * H + i_h) * 2 * K + i_k  # [BK]
+
+    b_D = tl.zeros([BV, BK], dtype=ACC)
+    if p_dstate is not None:
+        b_D += tl.load(p_dstate + o_s, mask=m_s, other=0.0).to(ACC)
     for i in range(n_chunks):
         start = (n_chunks - 1 - i) * C
         m_t = start + i_t < count
         o_t = row + (start + i_t).to(tl.int64) * H  # [C]
         m_tk, m_tv = m_t[:, None] & m_k[None, :], m_t[:, None] & m_v[None, :]
         o_tk, o_tv = o_t[:, None] * K + i_k[None, :], o_t[:, None] * V + i_c[None, :]
+        o_C, m_C = o_t[:, None] * C + i_t[None, :], m_t[:, None]
         b_q = tl.load(p_q + o_tk, mask=m_tk, other=0.0).to(DOT)  # [C, BK]
         b_k = tl.load(p_k + o_tk, mask=m_tk, other=0.0).to(DOT)  # [C, BK]
         b_do = tl.load(p_do + o_tv, mask=m_tv, other=0.0).to(DOT)  # [C, BV]
-        b_T = tl.load(p_T + o_t[:, None] * C + i_t[None, :], mask=m_t[:, None], other=0.0)  # [C, C]
+        b_beta = tl.load(p_beta + o_t, mask=m_t, other=0.0).to(ACC)  # [C]
+        b_X = tl.load(p_X + o_C, mask=m_C, other=0.0)  # [C, C]
         b_Dd = b_D.to(DOT)
         tl.store(p_ends + o_h, b_Dd, mask=m_s)
-        o_h -= H * V * K
-        b_A = tl.dot(b_q, tl.trans(b_k), input_precision=PREC, out_dtype=ACC) * scale  # [C, C]
-        b_A = tl.where(i_t[:, None] >= i_t[None, :], b_A, 0.0).to(DOT)
-        b_dU = tl.dot(b_Dd, tl.trans(b_k), input_precision=PREC, out_dtype=ACC)  # [BV, C]
-        b_dU = tl.dot(tl.trans(b_do), b_A, b_dU, input_precision=PREC, out_dtype=ACC)
-        b_dP = times_transposed(b_dU.to(DOT), b_T, False, DOT, PREC, ACC)  # [BV, C]
+        if p_A is None:
+            b_A = tl.dot(b_q, tl.trans(b_k), input_precision=PREC, out_dtype=ACC)  # [C, C]
+            b_A = tl.where(i_t[:, None] >= i_t[None, :], b_A, 0.0).to(DOT)
+        else:
+            b_A = tl.load(p_A + o_C, mask=m_C, other=0.0).to(DOT)
+        b_kw = b_k
+        if p_kw is not None:
+            b_kw = tl.load(p_kw + o_tk, mask=m_tk, other=0.0).to(DOT)  # [C, BK]
+            b_D *= tl.load(p_fade + o_f + K, mask=m_k, other=0.0)[None, :]
+        b_dU = scale * tl.dot(tl.trans(b_do), b_A, input_precision=PREC, out_dtype=ACC)  # [BV, C]
+        b_dU = tl.dot(b_Dd, tl.trans(b_kw), b_dU, input_precision=PREC, out_dtype=ACC)
+        b_dP = times_inverse(b_dU * b_beta[None, :], b_X, False, DOT, PREC, ACC)  # [BV, C]
         tl.store(p_dP + o_tv, tl.trans(b_dP.to(p_dP.dtype.element_ty)), mask=m_tv)
         b_D += scale * tl.dot(tl.trans(b_do), b_q, input_precision=PREC, out_dtype=ACC)
-        b_D = tl.dot((-b_dP).to(DOT), b_k, b_D, input_precision=PREC, out_dtype=ACC)
-    tl.store(p_dstate0 + o_s, b_D, mask=m_s)
+        b_D = add_product(b_D, -b_dP, b_k, DOT, PREC, ACC)
+        if p_fade is not None:
+            b_D *= tl.load(p_fade + o_f, mask=m_k, other=0.0)[None, :]
+        o_h -= H * V * K
+        o_f -= H * 2 * K
+    if p_dstate0 is not None:
+        tl.store(p_dstate0 + o_s, b_D, mask=m_s)

@@ -51,22 +51,36 @@ def refined_inverse(
 
 
 @kernel
-def times_transposed(
-    b_X, b_T, TRANSPOSE: tl.constexpr, DOT: tl.constexpr, PREC: tl.constexpr, ACC: tl.constexpr
+def times_inverse(
+    b_P, b_X, TRANSPOSE: tl.constexpr, DOT: tl.constexpr, PREC: tl.constexpr, ACC: tl.constexpr
 ):
-    """X T^T (or X T) for X [V, C] in DOT and T [C, C] in ACC, with T as the sum of two numbers of DOT's precision.
+    """P X^T (or P X) for P [V, C] in ACC and X [C, C] in twice DOT's digits: X enters as high + low, and so P in bfloat16.
 
-    Rounding T once to bfloat16 is not enough: with identical keys T is a Toeplitz matrix, the same in every chunk, so
-    its errors neither average nor change sign, and at beta = 2 the state grows by them (docs/log.md).
+    Rounding X once is not enough: with identical keys it is a Toeplitz matrix, the same in every chunk, so its errors
+    neither average nor change sign, and at beta = 2 the state grows by them (docs/log.md).
     """
-    b_high = b_T.to(DOT)
-    b_low = (b_T - b_high.to(ACC)).to(DOT)
+    b_high = b_X.to(DOT)
+    b_low = (b_X - b_high.to(b_X.dtype)).to(DOT)
     if TRANSPOSE:
         b_high, b_low = tl.trans(b_high), tl.trans(b_low)
-    b_Y = tl.dot(b_X, b_high, input_precision=PREC, out_dtype=ACC)
-    if DOT != ACC:
-        b_Y = tl.dot(b_X, b_low, b_Y, input_precision=PREC, out_dtype=ACC)
+    b_Y = tl.dot(b_P.to(DOT), b_high, input_precision=PREC, out_dtype=ACC)
+    if b_X.dtype != DOT:
+        b_Y = tl.dot(b_P.to(DOT), b_low, b_Y, input_precision=PREC, out_dtype=ACC)
+    if DOT == tl.bfloat16:
+        b_rest = (b_P - b_P.to(DOT).to(ACC)).to(DOT)
+        b_Y = tl.dot(b_rest, b_high, b_Y, input_precision=PREC, out_dtype=ACC)
     return b_Y
+
+
+@kernel
+def add_product(b_Z, b_x, b_y, DOT: tl.constexpr, PREC: tl.constexpr, ACC: tl.constexpr):
+    """Z + x y for x in ACC and y in DOT; bfloat16's 8 digits are too few for x, which enters as high + low."""
+    b_high = b_x.to(DOT)
+    b_Z = tl.dot(b_high, b_y, b_Z, input_precision=PREC, out_dtype=ACC)
+    if DOT == tl.bfloat16:
+        b_low = (b_x - b_high.to(ACC)).to(DOT)
+        b_Z = tl.dot(b_low, b_y, b_Z, input_precision=PREC, out_dtype=ACC)
+    return b_Z
 
 
 @kernel
@@ -77,15 +91,14 @@ def guarded_inverse(
     PREC: tl.constexpr,
     ACC: tl.constexpr,
     SAFE: tl.constexpr,
-    REFINE: tl.constexpr,
 ):
-    """The inverse, refined once where REFINE, and again with more range where it left fp16's.
+    """The inverse, refined once where DOT is fp16, and again with more range where it left fp16's.
 
     fp16 has the digits (11) but not the range (65504): keys longer than 1 can leave it. One maximum and one branch
     decide; NaN takes the branch as well, because it is not below any bound.
     """
     b_X = unit_lower_inverse(b_A, C, DOT, PREC, ACC)
-    if REFINE:
+    if DOT == tl.float16:
         b_X = refined_inverse(b_A, b_X, C, DOT, PREC, ACC)
     if DOT == tl.float16:  # noqa: SIM102  this one is decided when compiling, the next one when running
         if not (tl.max(tl.abs(b_X)) < 16384.0):

@@ -5,7 +5,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, library
 
 from ..arguments import check_call, check_cu_seqlens_values
-from ..notation import Output, Path, Sizes, state_dtype
+from ..chunkwise.tiles import inverse_dtype, target_of
+from ..notation import Output, Path, Sizes, state_like
 from ..paths import choose
 
 LAYOUT = {"q": "B T H K", "k": "B T H K", "v": "B T H V", "beta": "B T H"}
@@ -52,7 +53,7 @@ def delta_rule(
     options = {"scale": scale, "initial_state": initial_state, "cu_seqlens": cu_seqlens}
     sizes, way = _plan(q, k, v, beta, mode=mode, backend=backend, **options)
     factor = float(sizes.K**-0.5 if scale is None else scale)
-    o, state = torch.ops.gdr_teach.delta_rule(
+    o, state, _ = torch.ops.gdr_teach.delta_rule(
         q, k, v, beta, initial_state, cu_seqlens, factor, way.backend, way.mode, way.chunk_size
     )
     return Output(o, state)
@@ -69,7 +70,7 @@ def path(
 def _plan(q, k, v, beta, *, mode: str, backend: str, **options) -> tuple[Sizes, Path]:
     tensors = {"q": q, "k": k, "v": v, "beta": beta}
     sizes = check_call("delta_rule", LAYOUT, tensors, mode=mode, backend=backend, **options)
-    return sizes, choose("delta_rule", sizes, q, mode, backend, chunk_kernel=True)
+    return sizes, choose("delta_rule", sizes, q, mode, backend)
 
 
 # -- the operator, forward ---------------------------------------------------------------------------------------------
@@ -87,18 +88,19 @@ def _forward(
     backend: str,
     mode: str,
     chunk_size: int,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
+    # the third output is what the chunk kernels keep for the backward; no caller sees it
     check_cu_seqlens_values("delta_rule", cu_seqlens, q.shape[1])
     options = {"scale": scale, "initial_state": initial_state, "cu_seqlens": cu_seqlens}
     if backend == "triton":
-        from .chunk import delta_chunk
+        from .chunk import call
         from .recurrent import delta_recurrent
 
         if mode == "chunk":
-            out = delta_chunk(q, k, v, beta, chunk_size=chunk_size, **options)
-        else:
-            out = delta_recurrent(q, k, v, beta, **options)
-        return out.o, out.state
+            o, state, kept = call(q, k, v, beta, chunk_size=chunk_size, **options).forward()
+            return o, state, kept.X
+        out = delta_recurrent(q, k, v, beta, **options)
+        return out.o, out.state, q.new_empty(0)
     from .reference import delta_chunkwise, delta_recurrence
 
     with torch.autocast(q.device.type, enabled=False):
@@ -106,14 +108,17 @@ def _forward(
             out = delta_chunkwise(q, k, v, beta, chunk_size=chunk_size, **options)
         else:
             out = delta_recurrence(q, k, v, beta, **options)
-    return out.o.contiguous(), out.state.contiguous()
+    return out.o.contiguous(), out.state.contiguous(), q.new_empty(0)
 
 
 @_forward.register_fake
 def _(q, k, v, beta, initial_state, cu_seqlens, scale, backend, mode, chunk_size):
-    N = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    state = q.new_empty((N, q.shape[2], q.shape[3], v.shape[3]), dtype=state_dtype(q.dtype))
-    return v.new_empty(v.shape), state
+    shape, dtype = state_like(q, v, cu_seqlens)
+    state = q.new_empty(shape, dtype=dtype)
+    X = q.new_empty(0)
+    if backend == "triton" and mode == "chunk":
+        X = q.new_empty((*beta.shape, chunk_size), dtype=inverse_dtype(q.dtype, target_of(q.device)))
+    return v.new_empty(v.shape), state, X
 
 
 # -- the operator, backward --------------------------------------------------------------------------------------------
@@ -122,7 +127,7 @@ def _(q, k, v, beta, initial_state, cu_seqlens, scale, backend, mode, chunk_size
 @library.custom_op("gdr_teach::delta_rule_backward", mutates_args=())
 def _backward(
     do: Tensor,
-    dstate: Tensor,
+    dstate: Tensor | None,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -133,59 +138,56 @@ def _backward(
     backend: str,
     mode: str,
     chunk_size: int,
+    X: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    options = {
-        "dstate": dstate,
-        "scale": scale,
-        "initial_state": initial_state,
-        "cu_seqlens": cu_seqlens,
-    }
+    tensors = (do, q, k, v, beta)
+    options = {"scale": scale, "initial_state": initial_state, "cu_seqlens": cu_seqlens}
+    if backend == "triton" and mode == "chunk":
+        from .chunk import call
+
+        *grads, _, dstate0 = call(*tensors[1:], chunk_size=chunk_size, **options).backward(do, dstate, X)
+        return *grads, q.new_empty(0) if dstate0 is None else dstate0
+    if dstate is None:
+        shape, dtype = state_like(q, v, cu_seqlens)
+        dstate = q.new_zeros(shape, dtype=dtype)
+    options["dstate"] = dstate
     if backend == "triton":
-        from .chunk import delta_chunk_backward
         from .recurrent import delta_recurrent_backward
 
-        if mode == "chunk":
-            return delta_chunk_backward(do, q, k, v, beta, chunk_size=chunk_size, **options)
-        return delta_recurrent_backward(do, q, k, v, beta, **options)
-    from .transpose import delta_chunkwise_backward, delta_recurrence_backward
+        grads = delta_recurrent_backward(*tensors, **options)
+    else:
+        from .transpose import delta_chunkwise_backward, delta_recurrence_backward
 
-    with torch.autocast(q.device.type, enabled=False):
-        if mode == "chunk":
-            grads = delta_chunkwise_backward(do, q, k, v, beta, chunk_size=chunk_size, **options)
-        else:
-            grads = delta_recurrence_backward(do, q, k, v, beta, **options)
+        with torch.autocast(q.device.type, enabled=False):
+            if mode == "chunk":
+                grads = delta_chunkwise_backward(*tensors, chunk_size=chunk_size, **options)
+            else:
+                grads = delta_recurrence_backward(*tensors, **options)
     dq, dk, dv, dbeta, dstate0 = (x.contiguous() for x in grads)
-    return dq, dk, dv, dbeta, dstate0
+    return dq, dk, dv, dbeta, q.new_empty(0) if initial_state is None else dstate0
 
 
 @_backward.register_fake
-def _(do, dstate, q, k, v, beta, initial_state, cu_seqlens, scale, backend, mode, chunk_size):
-    dq, dk, dv, dbeta, dstate0 = (x.new_empty(x.shape) for x in (q, k, v, beta, dstate))
-    return dq, dk, dv, dbeta, dstate0
+def _(do, dstate, q, k, v, beta, initial_state, *rest):
+    dq, dk, dv, dbeta = (x.new_empty(x.shape) for x in (q, k, v, beta))
+    S0 = initial_state
+    return dq, dk, dv, dbeta, q.new_empty(0) if S0 is None else S0.new_empty(S0.shape)
 
 
 def _save(ctx, inputs, output):
-    q, k, v, beta, initial_state, cu_seqlens, *ctx.options = inputs
-    ctx.save_for_backward(q, k, v, beta, initial_state, cu_seqlens)
+    *tensors, ctx.scale, ctx.backend, ctx.mode, ctx.chunk_size = inputs
+    X = output[2]
+    ctx.mark_non_differentiable(X)
+    ctx.set_materialize_grads(False)  # no memory for the gradient of a state that nobody used
+    ctx.save_for_backward(*tensors, X if X.numel() else None)
 
 
-def _gradients(ctx, do, dstate):
-    q, k, v, beta, initial_state, cu_seqlens = ctx.saved_tensors
-    dq, dk, dv, dbeta, dstate0 = torch.ops.gdr_teach.delta_rule_backward(
-        do, dstate, q, k, v, beta, initial_state, cu_seqlens, *ctx.options
-    )
-    return (
-        dq,
-        dk,
-        dv,
-        dbeta,
-        None if initial_state is None else dstate0,
-        None,
-        None,
-        None,
-        None,
-        None,
-    )
+def _gradients(ctx, do, dstate, _):
+    *tensors, X = ctx.saved_tensors
+    do = torch.zeros_like(tensors[2]) if do is None else do
+    options = (ctx.scale, ctx.backend, ctx.mode, ctx.chunk_size, X)
+    *grads, dstate0 = torch.ops.gdr_teach.delta_rule_backward(do, dstate, *tensors, *options)
+    return (*grads, None if tensors[4] is None else dstate0, *(None,) * 5)
 
 
 def _no_second_gradient(ctx, *grads):

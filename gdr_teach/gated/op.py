@@ -10,7 +10,8 @@ from ..arguments import (
     check_log_decay_values,
     check_min_log_decay,
 )
-from ..notation import Output, Path, Sizes, state_dtype
+from ..chunkwise.tiles import inverse_dtype, target_of
+from ..notation import Output, Path, Sizes, state_like
 from ..paths import choose
 
 LAYOUT = {
@@ -73,7 +74,7 @@ def gated_delta_rule(
     factor = float(sizes.K**-0.5 if scale is None else scale)
     bound = None if min_log_decay is None else float(min_log_decay)
     chosen = (bound, way.backend, way.mode, way.chunk_size)
-    o, state = torch.ops.gdr_teach.gated_delta_rule(
+    o, state, *_ = torch.ops.gdr_teach.gated_delta_rule(
         q, k, v, beta, log_decay, initial_state, cu_seqlens, factor, *chosen
     )
     return Output(o, state)
@@ -104,7 +105,7 @@ def _plan(q, k, v, beta, log_decay, *, mode, backend, min_log_decay, **options):
     tensors = {"q": q, "k": k, "v": v, "beta": beta, "log_decay": log_decay}
     sizes: Sizes = check_call(op, LAYOUT, tensors, mode=mode, backend=backend, **options)
     check_min_log_decay(op, min_log_decay)
-    return sizes, choose(op, sizes, q, mode, backend)
+    return sizes, choose(op, sizes, q, mode, backend, decay=True)
 
 
 # -- the operator, forward ---------------------------------------------------------------------------------------------
@@ -124,16 +125,24 @@ def _forward(
     backend: str,
     mode: str,
     chunk_size: int,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    # the last four outputs are what the chunk kernels keep for the backward; no caller sees them
     check_cu_seqlens_values("gated_delta_rule", cu_seqlens, q.shape[1])
     check_log_decay_values("gated_delta_rule", log_decay, min_log_decay)
     operands = (q, k, v, beta, log_decay)
     options = {"scale": scale, "initial_state": initial_state, "cu_seqlens": cu_seqlens}
+    nothing = [q.new_empty(0) for _ in range(4)]
+    if backend == "triton" and mode == "chunk":
+        from .chunk import call
+
+        options |= {"chunk_size": chunk_size, "min_log_decay": min_log_decay}
+        o, state, kept = call(*operands, **options).forward()
+        return o, state, *kept
     if backend == "triton":
         from .recurrent import gated_recurrent
 
         out = gated_recurrent(*operands, **options)
-        return out.o, out.state
+        return out.o, out.state, *nothing
     from .reference import gated_chunkwise, gated_recurrence
 
     with torch.autocast(q.device.type, enabled=False):
@@ -141,7 +150,7 @@ def _forward(
             out = gated_chunkwise(*operands, chunk_size=chunk_size, **options)
         else:
             out = gated_recurrence(*operands, **options)
-    return out.o.contiguous(), out.state.contiguous()
+    return out.o.contiguous(), out.state.contiguous(), *nothing
 
 
 @_forward.register_fake
@@ -159,9 +168,14 @@ def _(
     mode,
     chunk_size,
 ):
-    N = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    state = q.new_empty((N, q.shape[2], q.shape[3], v.shape[3]), dtype=state_dtype(q.dtype))
-    return v.new_empty(v.shape), state
+    (N, H, K, V), dtype = state_like(q, v, cu_seqlens)
+    o, state, C = v.new_empty(v.shape), q.new_empty((N, H, K, V), dtype=dtype), chunk_size
+    if backend != "triton" or mode != "chunk":
+        return o, state, *(q.new_empty(0) for _ in range(4))
+    X = q.new_empty((*beta.shape, C), dtype=inverse_dtype(q.dtype, target_of(q.device)))
+    slots = N * -(-q.shape[1] // C) if cu_seqlens is None else q.shape[1] // C + N
+    operands, fade = q.new_empty((3, *q.shape)), state.new_empty((slots, H, 2, K))
+    return o, state, X, q.new_empty(X.shape), operands, fade
 
 
 # -- the operator, backward --------------------------------------------------------------------------------------------
@@ -170,7 +184,7 @@ def _(
 @library.custom_op("gdr_teach::gated_delta_rule_backward", mutates_args=())
 def _backward(
     do: Tensor,
-    dstate: Tensor,
+    dstate: Tensor | None,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -183,44 +197,62 @@ def _backward(
     backend: str,
     mode: str,
     chunk_size: int,
+    X: Tensor | None,
+    A: Tensor | None,
+    scaled: Tensor | None,
+    fade: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    operands = (do, q, k, v, beta, log_decay)
-    options = {"dstate": dstate, "initial_state": initial_state, "cu_seqlens": cu_seqlens}
-    options["scale"] = scale
+    operands = (q, k, v, beta, log_decay)
+    options = {"scale": scale, "initial_state": initial_state, "cu_seqlens": cu_seqlens}
+    if backend == "triton" and mode == "chunk":
+        from .chunk import call
+
+        options |= {"chunk_size": chunk_size, "min_log_decay": min_log_decay}
+        kept = None if X is None else (X, A, scaled, fade)
+        *grads, dstate0 = call(*operands, **options).backward(do, dstate, kept)
+        return *grads, q.new_empty(0) if dstate0 is None else dstate0
+    if dstate is None:
+        shape, dtype = state_like(q, v, cu_seqlens)
+        dstate = q.new_zeros(shape, dtype=dtype)
+    options["dstate"] = dstate
     if backend == "triton":
         from .recurrent import gated_recurrent_backward
 
-        return gated_recurrent_backward(*operands, **options)
-    from .transpose import gated_chunkwise_backward, gated_recurrence_backward
+        grads = gated_recurrent_backward(do, *operands, **options)
+    else:
+        from .transpose import gated_chunkwise_backward, gated_recurrence_backward
 
-    with torch.autocast(q.device.type, enabled=False):
-        if mode == "chunk":
-            grads = gated_chunkwise_backward(*operands, chunk_size=chunk_size, **options)
-        else:
-            grads = gated_recurrence_backward(*operands, **options)
+        with torch.autocast(q.device.type, enabled=False):
+            if mode == "chunk":
+                grads = gated_chunkwise_backward(do, *operands, chunk_size=chunk_size, **options)
+            else:
+                grads = gated_recurrence_backward(do, *operands, **options)
     dq, dk, dv, dbeta, dlog_decay, dstate0 = (x.contiguous() for x in grads)
-    return dq, dk, dv, dbeta, dlog_decay, dstate0
+    return dq, dk, dv, dbeta, dlog_decay, q.new_empty(0) if initial_state is None else dstate0
 
 
 @_backward.register_fake
-def _(do, dstate, q, k, v, beta, log_decay, *rest):
-    shaped = (q, k, v, beta, log_decay, dstate)
-    dq, dk, dv, dbeta, dlog_decay, dstate0 = (x.new_empty(x.shape) for x in shaped)
-    return dq, dk, dv, dbeta, dlog_decay, dstate0
+def _(do, dstate, q, k, v, beta, log_decay, initial_state, *rest):
+    grads = [x.new_empty(x.shape) for x in (q, k, v, beta, log_decay)]
+    S0 = initial_state
+    return *grads, q.new_empty(0) if S0 is None else S0.new_empty(S0.shape)
 
 
 def _save(ctx, inputs, output):
     *tensors, ctx.scale, ctx.bound, ctx.backend, ctx.mode, ctx.chunk_size = inputs
-    ctx.save_for_backward(*tensors)
+    kept = output[2:]
+    ctx.mark_non_differentiable(*kept)
+    ctx.set_materialize_grads(False)  # no memory for the gradient of a state that nobody used
+    chunk = ctx.backend == "triton" and ctx.mode == "chunk"
+    ctx.save_for_backward(*tensors, *(kept if chunk else (None,) * 4))
 
 
-def _gradients(ctx, do, dstate):
-    initial_state = ctx.saved_tensors[5]
-    options = (ctx.scale, ctx.bound, ctx.backend, ctx.mode, ctx.chunk_size)
-    *grads, dstate0 = torch.ops.gdr_teach.gated_delta_rule_backward(
-        do, dstate, *ctx.saved_tensors, *options
-    )
-    return (*grads, None if initial_state is None else dstate0, *(None,) * 6)
+def _gradients(ctx, do, dstate, *_):
+    *tensors, X, A, scaled, fade = ctx.saved_tensors
+    do = torch.zeros_like(tensors[2]) if do is None else do
+    options = (ctx.scale, ctx.bound, ctx.backend, ctx.mode, ctx.chunk_size, X, A, scaled, fade)
+    *grads, dstate0 = torch.ops.gdr_teach.gated_delta_rule_backward(do, dstate, *tensors, *options)
+    return (*grads, None if tensors[5] is None else dstate0, *(None,) * 6)
 
 
 def _no_second_gradient(ctx, *grads):
