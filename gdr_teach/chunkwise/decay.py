@@ -5,10 +5,13 @@ if the exponent splits at a point between them,
 
     g_(j, i] = g_(j, cut] + g_(cut, i]        both <= 0, each summed from the cut                    (5.19)
 
-so pairs are sorted by halving (gated/reference.py has the same in PyTorch): at half size h the second half of each block
-of 2 h tokens reads what the first half wrote. A token is a row or a column of a level, never both, and one tile of
-exponents serves rows and columns. Inside blocks of BASE tokens the cut is the block's first token, and a column's
-exponent -g_(first, j] is positive: BASE says how far that may go. BASE = 1 is exact for any decay; BASE = C without one.
+so pairs are sorted by halving (wy.py has the same in PyTorch): in each block of C, C / 2, ... tokens the second half
+reads what the first half wrote. A token is a row or a column of a level, never both, and one tile of
+exponents serves rows and columns. After LEVELS halvings blocks of BASE = C >> LEVELS tokens are left. There the cut is the
+block's first token: a row has g_(first, i] + SHIFT, a column -g_(first, j] - SHIFT, and BASE says how far from zero that may
+go. The shift is a constant, so a token's scores still depend on nothing later, bit for bit. BASE = 1 is exact for any
+decay; without decay LEVELS = 0 and all exponents are zero. The levels are a loop that stays one: unrolled, the
+tiles of all of them would want registers at once.
 
 Every sum is a product with a matrix of zeros and ones. Sums along an axis would go through shared memory thread by thread,
 and differences of longer sums would lose every digit where a gate is strong.
@@ -19,35 +22,39 @@ import triton.language as tl
 
 from ..runtime import kernel
 
-
-@kernel
-def level_gates(i, t, h: tl.constexpr):
-    """Whether row i's exponent at half size h holds the gate of token t: second halves (cut, i], first halves (i, cut]."""
-    first_of_second = i // (2 * h) * (2 * h) + h
-    crossed_by_row = (t >= first_of_second) & (t <= i)
-    crossed_by_column = (t > i) & (t < first_of_second)
-    return ((i >= first_of_second) & crossed_by_row) | ((i < first_of_second) & crossed_by_column)
+FORGOTTEN = tl.constexpr(-2048.0)  # exp of it is exactly 0; in place of -inf it keeps 0 * inf away
 
 
 @kernel
-def level_pairs(i, j, h: tl.constexpr):
-    """Whether tokens i and j, in any order, lie in the two halves of one block of 2 h tokens."""
-    return (i // (2 * h) == j // (2 * h)) & (i // h != j // h)
+def level_gates(i, t, block):
+    """Whether i's exponent in its block holds the gate of t: (cut, i] in the second half, (i, cut] in the first."""
+    second = i // block * block + block // 2  # the first token after the cut
+    return ((t >= second) & (t <= i)) | ((t < second) & (t > i))
+
+
+@kernel
+def level_pairs(i, j, block):
+    """Whether tokens i and j, in any order, lie in the two halves of one block."""
+    return (i // block == j // block) & (i // (block // 2) != j // (block // 2))
 
 
 @kernel
 def base_gates(i, t, BASE: tl.constexpr):
-    """Whether row i's exponent in its base block holds the gate of token t: (first, i]."""
+    """Whether i's exponent in its base block holds the gate of token t: (first, i]."""
     return (t > i // BASE * BASE) & (t <= i)
 
 
 @kernel
 def gate_sums(m_M, b_g, DOT: tl.constexpr, PREC: tl.constexpr, ACC: tl.constexpr):
-    """M g for a matrix M [C, C] of truths and b_g [C, BK] in ACC.
+    """M g for a matrix M [C, C] of truths and b_g [C, BK] in ACC or bfloat16.
 
-    In half precision g enters as high + low: 2^-17 of an exponent x is at most 2^-17 |x| exp(x) < 3e-6 of a factor.
+    In half precision g enters as high + low, 2^-17 of an exponent x being at most 2^-17 |x| exp(x) < 3e-6 of a factor, or
+    as it is where it was given in bfloat16.
     """
-    if DOT == ACC:
+    if b_g.dtype == tl.bfloat16:
+        b_M = tl.where(m_M, 1.0, 0.0).to(tl.bfloat16)
+        b_sums = tl.dot(b_M, b_g, input_precision=PREC, out_dtype=ACC)
+    elif DOT == ACC:
         b_M = tl.where(m_M, 1.0, 0.0).to(ACC)
         b_sums = tl.dot(b_M, b_g, input_precision=PREC, out_dtype=ACC)
     else:
@@ -57,3 +64,44 @@ def gate_sums(m_M, b_g, DOT: tl.constexpr, PREC: tl.constexpr, ACC: tl.constexpr
         b_sums = tl.dot(b_M, b_low, input_precision=PREC, out_dtype=ACC)
         b_sums = tl.dot(b_M, b_high, b_sums, input_precision=PREC, out_dtype=ACC)
     return b_sums
+
+
+@kernel
+def base_exponents(
+    i,
+    t,
+    b_g,
+    BASE: tl.constexpr,
+    FLOOR: tl.constexpr,
+    DOT: tl.constexpr,
+    PREC: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """g_(first, i] + SHIFT [C, BK], gates no lower than FLOOR, SHIFT half of the way that BASE - 1 of them can go."""
+    b_g = tl.maximum(b_g.to(ACC), FLOOR).to(b_g.dtype)
+    return gate_sums(base_gates(i, t, BASE), b_g, DOT, PREC, ACC) - 0.5 * (BASE - 1) * FLOOR
+
+
+@kernel
+def gate_gradient(m_M, b_z, DOT: tl.constexpr, PREC: tl.constexpr, ACC: tl.constexpr):
+    """M z, as `gate_sums`, for what pairs hand back; beside bfloat16 operands its 8 digits are enough for them too."""
+    if DOT == tl.bfloat16:
+        b_z = b_z.to(DOT)
+    return gate_sums(m_M, b_z, DOT, PREC, ACC)
+
+
+@kernel
+def scaled(b_x, b_e, DOT: tl.constexpr, ACC: tl.constexpr):
+    """x * e, rounded once."""
+    return (b_x.to(ACC) * b_e).to(DOT)
+
+
+@kernel
+def load_gates(p_g, offsets, mask, DOT: tl.constexpr, ACC: tl.constexpr):
+    """Gates [C, BK], -inf as a number whose exp is 0; in ACC, or in bfloat16 where that is what they and DOT are."""
+    b_g = tl.load(p_g + offsets, mask=mask, other=0.0)
+    if DOT == tl.bfloat16 and p_g.dtype.element_ty == tl.bfloat16:
+        b_g = tl.maximum(b_g.to(ACC), FORGOTTEN).to(tl.bfloat16)
+    else:
+        b_g = tl.maximum(b_g.to(ACC), FORGOTTEN)
+    return b_g

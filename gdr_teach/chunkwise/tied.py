@@ -17,16 +17,16 @@ from ..runtime import cdiv, new_empty, recording
 from .grads import grads_tied_kernel
 from .prepare import prepare_tied_kernel
 from .scan import reverse_scan_tied_kernel, scan_tied_kernel
-from .tiles import Tiles, base_block, inverse_dtype, target_of, tiles
+from .tiles import Tiles, levels, target_of, tiles
 
 
 class Prepared(NamedTuple):
-    """What passes from the first stage to all others; without decay X alone, the rest is empty."""
+    """What passes from the first stage to all others; what is not needed is empty."""
 
-    X: Tensor  # [B, T, H, C]
-    A: Tensor  # [B, T, H, C]
-    operands: Tensor  # [3, B, T, H, K]: Q~, K~, K^
-    fade: Tensor  # [slots, H, 2, K]
+    X: Tensor  # [2, B, T, H, C]: rounded, and what the rounding left
+    A: Tensor | None = None  # [B, T, H, C]
+    operands: Tensor | None = None  # [3, B, T, H, K]: Q~, K~, K^
+    fade: Tensor | None = None  # [slots, H, 2, K]
 
 
 class TiedCall:
@@ -62,20 +62,22 @@ class TiedCall:
         per_sequence = self.N * cdiv(self.T, self.C)
         self.slots = per_sequence if cu_seqlens is None else self.T // self.C + self.N
         if log_decay is None:
-            self.G, self.base, self.grads_base = 0, (self.C, 0.0), (self.C, 0.0)
+            self.G, self.levels, self.grads_levels = 0, (0, 0.0), (0, 0.0)
         else:
             self.G = 1 if log_decay.dim() == 3 else self.K
-            self.base = base_block(q.dtype, self.C, min_log_decay)
-            # inside a base block dg is a difference of sums: only a promise that gates are weak makes that harmless
-            self.grads_base = (1, 0.0) if min_log_decay is None else self.base
+            self.levels = self.grads_levels = levels(q.dtype, self.C, min_log_decay)
+            # inside a base block dg is a difference of sums: none of that without a promise about the gates
+            if min_log_decay is None:
+                self.grads_levels = levels(torch.float32, self.C, None)
         half = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
         self.ACC = tl.float64 if self.acc == torch.float64 else tl.float32
         self.DOT = half.get(q.dtype, self.ACC)
         compiled = target != "cpu"
         self.PREC = "bf16x6" if compiled and q.dtype not in half else "ieee"
-        self.SAFE = "bf16x3" if compiled else "ieee"
-        self.exact = inverse_dtype(q.dtype, target)
-        self.EXACT = tl.float64 if self.exact == torch.float64 else tl.float32
+        self.SAFE = ("bf16x3" if q.dtype in half else self.PREC) if compiled else "ieee"
+        # float32 solves in float64, which AMD's compiler has no product for
+        self.EXACT = tl.float32 if q.dtype in half or target == "gfx942" else tl.float64
+        self.wants_A = log_decay is not None or q.dtype == torch.float32  # else the walk forms it
         self.INVERSE = tl.float16 if q.dtype in half else self.EXACT
 
     def empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
@@ -84,20 +86,20 @@ class TiedCall:
     def prepare(self) -> Prepared:
         B, T, H = self.beta.shape
         tile, grid = self.tiles.prepare, (self.slots * H,)
-        X = self.empty(B, T, H, self.C, dtype=self.exact)
+        X = self.empty(2, B, T, H, self.C)
+        A = self.empty(B, T, H, self.C) if self.wants_A else self.empty(0)
         if self.g is None:
-            none = self.empty(0)
-            out = Prepared(X, none, none, none)
-            extra = (None,) * 5
+            out = Prepared(X, A, self.empty(0), self.empty(0))
+            extra = (None,) * 4
         else:
             operands = self.empty(3, B, T, H, self.K)
             fade = self.empty(self.slots, H, 2, self.K, dtype=self.acc)
-            out = Prepared(X, self.empty(B, T, H, self.C), operands, fade)
-            extra = (out.A, *operands.unbind(0), fade)
+            out = Prepared(X, A, operands, fade)
+            extra = (*operands.unbind(0), fade)
         if grid[0] and T:
-            q = None if self.g is None else self.q
-            arrays = (q, self.k, self.beta, self.g, self.cu, X, *extra)
-            sizes = (T, H, self.N, self.K, self.G, tile.BK, self.C, *self.base)
+            q, A = (self.q, A) if self.wants_A else (None, None)
+            arrays = (q, self.k, self.beta, self.g, self.cu, *X.unbind(0), A, *extra)
+            sizes = (T, H, self.N, self.K, self.G, tile.BK, self.C, *self.levels)
             DOT = self.DOT if self.INVERSE == tl.float16 else self.EXACT
             kinds = (DOT, self.INVERSE, self.PREC, self.SAFE, self.EXACT)
             prepare_tied_kernel[grid](*arrays, *sizes, *kinds, num_warps=tile.warps, num_stages=tile.stages)
@@ -112,28 +114,29 @@ class TiedCall:
 
     def _operands(self, x: Prepared) -> tuple:
         # Q~, K~, K^ and A, fade as the walks take them
+        A = x.A if self.wants_A else None
         if self.g is None:
-            return (self.q, self.k, None), (None, None)
-        return x.operands.unbind(0), (x.A, x.fade)
+            return (self.q, self.k, None), (A, None)
+        return x.operands.unbind(0), (A, x.fade)
 
     def scan(self, x: Prepared, *, o=None, state=None, R=None, starts=None) -> None:
         grid, sizes, options = self._walk(self.tiles.scan)
         if grid[0]:
             qkk, decayed = self._operands(x)
-            arrays = (*qkk, self.v, self.beta, x.X, *decayed, self.S0, self.cu, o, R, starts, state)
+            arrays = (*qkk, self.v, self.beta, *x.X.unbind(0), *decayed, self.S0, self.cu, o, R, starts, state)
             scan_tied_kernel[grid](*arrays, *sizes, **options)
 
     def reverse_scan(self, x: Prepared, do, dstate, *, dP, ends, dstate0) -> None:
         grid, sizes, options = self._walk(self.tiles.reverse)
         if grid[0]:
             qkk, decayed = self._operands(x)
-            arrays = (*qkk, self.beta, x.X, *decayed, self.cu, do, dstate, dP, ends, dstate0)
+            arrays = (*qkk, self.beta, *x.X.unbind(0), *decayed, self.cu, do, dstate, dP, ends, dstate0)
             reverse_scan_tied_kernel[grid](*arrays, *sizes, **options)
 
     def grads(self, do, R, dP, starts, ends) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """dq, dk, dbeta and dlog_decay, in their inputs' shapes and dtypes."""
         tile = self.tiles.grads
-        NK, NV = cdiv(self.K, tile.BK), cdiv(self.V, tile.BV)
+        NK = cdiv(self.K, tile.BK)
         dq, dk = self.empty(*self.q.shape), self.empty(*self.k.shape)
         shape, kind = self.beta.shape, self.beta.dtype if NK == 1 else self.acc
         dbeta = self.empty(NK, *shape, dtype=kind)
@@ -145,7 +148,7 @@ class TiedCall:
         if grid[0] and self.T:
             arrays = (self.q, self.k, self.beta, self.g, self.cu, do, R, dP, starts, ends, dq, dk, dbeta, dg)
             sizes = (self.beta.numel(), self.scale, self.T, self.H, self.N, self.K, self.V, self.G)
-            sizes += (tile.BK, tile.BV, NK, NV, self.C, *self.grads_base)
+            sizes += (tile.BK, tile.BV, NK, self.C, *self.grads_levels)
             kinds = (self.DOT, self.PREC, self.ACC)
             grads_tied_kernel[grid](*arrays, *sizes, *kinds, num_warps=tile.warps, num_stages=tile.stages)
         dbeta = dbeta[0] if NK == 1 else dbeta.sum(0).to(self.beta.dtype)
@@ -160,16 +163,12 @@ class TiedCall:
         self.scan(x, o=o, state=state)
         return o, state, x
 
-    def backward(self, do: Tensor, dstate: Tensor | None, kept: tuple | Tensor | None) -> tuple:
+    def backward(self, do: Tensor, dstate: Tensor | None, kept: Prepared | None) -> tuple:
         """dq, dk, dv, dbeta, dlog_decay (None without decay), dstate0 (None without an initial state).
 
-        dstate None: zeros. kept: what `forward` gave, or its X alone where there is no decay; None launches `prepare`.
+        dstate None: zeros. kept: what `forward` gave; None launches `prepare` again.
         """
-        none = self.empty(0)
-        if kept is None:
-            x = self.prepare()
-        else:
-            x = Prepared(kept, none, none, none) if self.g is None else Prepared(*kept)
+        x = self.prepare() if kept is None else kept
         do, dstate = do.contiguous(), None if dstate is None else dstate.contiguous()
         per_chunk = (self.slots, self.H, self.V, self.K)  # in the inputs' dtype: they feed rounded products
         starts, ends, dv = (self.empty(*s) for s in (per_chunk, per_chunk, self.v.shape))

@@ -9,9 +9,6 @@ from typing import NamedTuple
 
 import torch
 
-LONG_CHUNK = 64  # figures in docs/log.md
-NO_DECAY = 0  # in place of a base block
-
 
 class Stage(NamedTuple):
     """Tile widths and warps of one kernel: BK of the K channels, BV of the V columns."""
@@ -43,17 +40,23 @@ def target_of(device: torch.device) -> str:
 
 
 def tiles(target: str, dtype: torch.dtype, K: int, V: int, *, decay: bool) -> Tiles:
-    """The tiles of one call; K and V up to 256."""
-    BK, BV = width(K, target), width(V, target)
-    walk = Stage(BK, min(BV, 64), 4, 2)
-    C = 16 if dtype == torch.float32 else 64
-    return Tiles(C, Stage(min(BK, 64), 0, 4), walk, walk, Stage(min(BK, 64), min(BV, 64), 8 if decay else 4))
+    """The tiles of one call; K and V up to 256.
 
-
-def inverse_dtype(dtype: torch.dtype, target: str) -> torch.dtype:
-    """The dtype of X: twice the digits of what it is multiplied with. AMD's compiler has no float64 product."""
-    half = dtype in (torch.float16, torch.bfloat16)
-    return torch.float32 if half or target == "gfx942" else torch.float64
+    C = 64 makes products of 64 x 64 x 64, which Hopper's tensor cores take from registers; with decay they would spill
+    thousands of bytes, and there and everywhere else C = 32 makes smaller ones. float32 wants C = 16: its error grows as
+    C squared where keys repeat, and a product is six.
+    """
+    BK, BV, half = width(K, target), width(V, target), dtype in (torch.float16, torch.bfloat16)
+    wide = BK > 128  # then the state alone takes half of the registers
+    if dtype == torch.float32:
+        walk = Stage(BK, min(BV, 16), 8 if wide and target != "gfx942" else 4, 2)
+        return Tiles(16, Stage(min(BK, 16), 0, 4), walk, walk, Stage(min(BK, 64), min(BV, 16), 4))
+    if not half or (target in ("sm_90", "cpu") and not decay and not wide):
+        walk = Stage(BK, min(BV, 64), 4, 2)
+        return Tiles(64, Stage(min(BK, 64), 0, 4), walk, walk, Stage(min(BK, 64), min(BV, 64), 4))
+    walk = Stage(BK, min(BV, 16 if wide else 32), 4, 1 if wide else 2)
+    prepare = Stage(min(BK, 32 if decay and dtype == torch.float16 else 64), 0, 4)
+    return Tiles(32, prepare, walk, walk, Stage(min(BK, 64), min(BV, 32), 4))
 
 
 def width(n: int, target: str) -> int:
@@ -61,17 +64,17 @@ def width(n: int, target: str) -> int:
     return max(1 << (n - 1).bit_length(), 1 if target == "cpu" else 16)
 
 
-def base_block(dtype: torch.dtype, C: int, bound: float | None) -> tuple[int, float]:
-    """BASE and FLOOR of `chunkwise.decay`: blocks of BASE tokens whose first token is the reference, gates >= FLOOR.
+def levels(dtype: torch.dtype, C: int, bound: float | None) -> tuple[int, float]:
+    """LEVELS and FLOOR of `chunkwise.decay`: halvings down to blocks whose first token is the reference; their gates' floor.
 
-    A column's factor there is at most exp(reach). bfloat16 has room for exp(60); without a promise (bound) its blocks
-    have 4 tokens and gates below -20 count as -20, which is 2e-9 in place of less. float16 has room for exp(4) before
-    digits go, and float32 and float64 want every digit: without a promise that helps, BASE = 1.
+    A factor in such a block lies between exp(-reach / 2) and exp(reach / 2). bfloat16 has room for exp(60): without a
+    promise (bound) its blocks have 8 tokens, and gates below -17 count as -17, 4e-8 in place of less. float16 has room for
+    exp(3) before digits go, and float32 and float64 want every digit: blocks of 1.
     """
-    reach = {torch.bfloat16: 60.0, torch.float16: 4.0}.get(dtype, 0.0)
-    BASE = 4 if dtype == torch.bfloat16 else 1
+    reach = {torch.bfloat16: 120.0, torch.float16: 6.0}.get(dtype, 0.0)
+    block = 8 if dtype == torch.bfloat16 else 1
     if bound is not None and reach:
-        while 2 * BASE <= C and (2 * BASE - 1) * -bound <= reach:
-            BASE *= 2
-    BASE = min(BASE, C)
-    return BASE, -reach / max(BASE - 1, 1)
+        while 2 * block <= C and (2 * block - 1) * -bound <= reach:
+            block *= 2
+    block = min(block, C)
+    return (C // block).bit_length() - 1, -reach / max(block - 1, 1)

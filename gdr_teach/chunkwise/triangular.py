@@ -52,23 +52,19 @@ def refined_inverse(
 
 @kernel
 def times_inverse(
-    b_P, b_X, TRANSPOSE: tl.constexpr, DOT: tl.constexpr, PREC: tl.constexpr, ACC: tl.constexpr
+    b_P, b_Xh, b_Xl, DOT: tl.constexpr, PREC: tl.constexpr, ACC: tl.constexpr
 ):
-    """P X^T (or P X) for P [V, C] in ACC and X [C, C] in twice DOT's digits: X enters as high + low, and so P in bfloat16.
+    """P (X_high + X_low) for P [V, C] in ACC and X [C, C] in DOT; bfloat16's 8 digits are too few for P, so it is split too.
 
     Rounding X once is not enough: with identical keys it is a Toeplitz matrix, the same in every chunk, so its errors
     neither average nor change sign, and at beta = 2 the state grows by them (docs/log.md).
     """
-    b_high = b_X.to(DOT)
-    b_low = (b_X - b_high.to(b_X.dtype)).to(DOT)
-    if TRANSPOSE:
-        b_high, b_low = tl.trans(b_high), tl.trans(b_low)
-    b_Y = tl.dot(b_P.to(DOT), b_high, input_precision=PREC, out_dtype=ACC)
-    if b_X.dtype != DOT:
-        b_Y = tl.dot(b_P.to(DOT), b_low, b_Y, input_precision=PREC, out_dtype=ACC)
+    b_high = b_P.to(DOT)
+    b_Y = tl.dot(b_high, b_Xh, input_precision=PREC, out_dtype=ACC)
+    b_Y = tl.dot(b_high, b_Xl, b_Y, input_precision=PREC, out_dtype=ACC)
     if DOT == tl.bfloat16:
-        b_rest = (b_P - b_P.to(DOT).to(ACC)).to(DOT)
-        b_Y = tl.dot(b_rest, b_high, b_Y, input_precision=PREC, out_dtype=ACC)
+        b_low = (b_P - b_high.to(ACC)).to(DOT)
+        b_Y = tl.dot(b_low, b_Xh, b_Y, input_precision=PREC, out_dtype=ACC)
     return b_Y
 
 
@@ -97,10 +93,11 @@ def guarded_inverse(
     fp16 has the digits (11) but not the range (65504): keys longer than 1 can leave it. One maximum and one branch
     decide; NaN takes the branch as well, because it is not below any bound.
     """
-    b_X = unit_lower_inverse(b_A, C, DOT, PREC, ACC)
     if DOT == tl.float16:
+        b_X = unit_lower_inverse(b_A, C, DOT, PREC, ACC)
         b_X = refined_inverse(b_A, b_X, C, DOT, PREC, ACC)
-    if DOT == tl.float16:  # noqa: SIM102  this one is decided when compiling, the next one when running
         if not (tl.max(tl.abs(b_X)) < 16384.0):
             b_X = unit_lower_inverse(b_A, C, tl.float32, SAFE, ACC)
+    else:
+        b_X = unit_lower_inverse(b_A, C, DOT, SAFE, ACC)
     return b_X

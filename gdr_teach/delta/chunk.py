@@ -8,7 +8,7 @@ The stages are `chunkwise`'s (6.10) to (6.21) without decay. From forward to bac
 
 from torch import Tensor
 
-from ..chunkwise.tied import TiedCall
+from ..chunkwise.tied import Prepared, TiedCall
 from ..notation import Output
 from .recurrent import dense
 
@@ -47,17 +47,17 @@ def delta_chunk_backward(
     initial_state: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     chunk_size: int | None = None,
-    X: Tensor | None = None,
+    kept: Prepared | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
     """The gradients of `delta_chunk`: (2.13) to (2.16), three launches.
 
-    Args: do [B, T, H, V] and dstate [N, H, K, V] (None: zeros), the gradients of o and state; X: what the forward's
+    Args: do [B, T, H, V] and dstate [N, H, K, V] (None: zeros), the gradients of o and state; kept: what the forward's
     first stage wrote (None: it is launched again); the rest as in the forward.
     Returns: dq, dk, dv, dbeta in their inputs' dtypes, and dstate0 [N, H, K, V], None without an initial state.
     """
     options = {"scale": scale, "initial_state": initial_state, "cu_seqlens": cu_seqlens}
     this = call(q, k, v, beta, chunk_size=chunk_size, **options)
-    dq, dk, dv, dbeta, _, dstate0 = this.backward(do, dstate, X)
+    dq, dk, dv, dbeta, _, dstate0 = this.backward(do, dstate, kept)
     return dq, dk, dv, dbeta, dstate0
 
 

@@ -5,7 +5,6 @@ from jaxtyping import Float, Int
 from torch import Tensor, library
 
 from ..arguments import check_call, check_cu_seqlens_values
-from ..chunkwise.tiles import inverse_dtype, target_of
 from ..notation import Output, Path, Sizes, state_like
 from ..paths import choose
 
@@ -53,7 +52,7 @@ def delta_rule(
     options = {"scale": scale, "initial_state": initial_state, "cu_seqlens": cu_seqlens}
     sizes, way = _plan(q, k, v, beta, mode=mode, backend=backend, **options)
     factor = float(sizes.K**-0.5 if scale is None else scale)
-    o, state, _ = torch.ops.gdr_teach.delta_rule(
+    o, state, *_ = torch.ops.gdr_teach.delta_rule(
         q, k, v, beta, initial_state, cu_seqlens, factor, way.backend, way.mode, way.chunk_size
     )
     return Output(o, state)
@@ -88,8 +87,8 @@ def _forward(
     backend: str,
     mode: str,
     chunk_size: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    # the third output is what the chunk kernels keep for the backward; no caller sees it
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    # the last two outputs are what the chunk kernels keep for the backward; no caller sees them
     check_cu_seqlens_values("delta_rule", cu_seqlens, q.shape[1])
     options = {"scale": scale, "initial_state": initial_state, "cu_seqlens": cu_seqlens}
     if backend == "triton":
@@ -98,9 +97,9 @@ def _forward(
 
         if mode == "chunk":
             o, state, kept = call(q, k, v, beta, chunk_size=chunk_size, **options).forward()
-            return o, state, kept.X
+            return o, state, kept.X, kept.A
         out = delta_recurrent(q, k, v, beta, **options)
-        return out.o, out.state, q.new_empty(0)
+        return out.o, out.state, q.new_empty(0), q.new_empty(0)
     from .reference import delta_chunkwise, delta_recurrence
 
     with torch.autocast(q.device.type, enabled=False):
@@ -108,17 +107,18 @@ def _forward(
             out = delta_chunkwise(q, k, v, beta, chunk_size=chunk_size, **options)
         else:
             out = delta_recurrence(q, k, v, beta, **options)
-    return out.o.contiguous(), out.state.contiguous(), q.new_empty(0)
+    return out.o.contiguous(), out.state.contiguous(), q.new_empty(0), q.new_empty(0)
 
 
 @_forward.register_fake
 def _(q, k, v, beta, initial_state, cu_seqlens, scale, backend, mode, chunk_size):
     shape, dtype = state_like(q, v, cu_seqlens)
     state = q.new_empty(shape, dtype=dtype)
-    X = q.new_empty(0)
-    if backend == "triton" and mode == "chunk":
-        X = q.new_empty((*beta.shape, chunk_size), dtype=inverse_dtype(q.dtype, target_of(q.device)))
-    return v.new_empty(v.shape), state, X
+    if backend != "triton" or mode != "chunk":
+        return v.new_empty(v.shape), state, q.new_empty(0), q.new_empty(0)
+    X = q.new_empty((2, *beta.shape, chunk_size))
+    A = q.new_empty(X.shape[1:] if q.dtype == torch.float32 else 0)
+    return v.new_empty(v.shape), state, X, A
 
 
 # -- the operator, backward --------------------------------------------------------------------------------------------
@@ -139,13 +139,17 @@ def _backward(
     mode: str,
     chunk_size: int,
     X: Tensor | None,
+    A: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     tensors = (do, q, k, v, beta)
     options = {"scale": scale, "initial_state": initial_state, "cu_seqlens": cu_seqlens}
     if backend == "triton" and mode == "chunk":
+        from ..chunkwise.tied import Prepared
         from .chunk import call
 
-        *grads, _, dstate0 = call(*tensors[1:], chunk_size=chunk_size, **options).backward(do, dstate, X)
+        kept = None if X is None else Prepared(X, A)
+        this = call(*tensors[1:], chunk_size=chunk_size, **options)
+        *grads, _, dstate0 = this.backward(do, dstate, kept)
         return *grads, q.new_empty(0) if dstate0 is None else dstate0
     if dstate is None:
         shape, dtype = state_like(q, v, cu_seqlens)
@@ -176,16 +180,16 @@ def _(do, dstate, q, k, v, beta, initial_state, *rest):
 
 def _save(ctx, inputs, output):
     *tensors, ctx.scale, ctx.backend, ctx.mode, ctx.chunk_size = inputs
-    X = output[2]
-    ctx.mark_non_differentiable(X)
+    ctx.mark_non_differentiable(*output[2:])
     ctx.set_materialize_grads(False)  # no memory for the gradient of a state that nobody used
-    ctx.save_for_backward(*tensors, X if X.numel() else None)
+    chunk = ctx.backend == "triton" and ctx.mode == "chunk"
+    ctx.save_for_backward(*tensors, *(output[2:] if chunk else (None, None)))
 
 
-def _gradients(ctx, do, dstate, _):
-    *tensors, X = ctx.saved_tensors
+def _gradients(ctx, do, dstate, *_):
+    *tensors, X, A = ctx.saved_tensors
     do = torch.zeros_like(tensors[2]) if do is None else do
-    options = (ctx.scale, ctx.backend, ctx.mode, ctx.chunk_size, X)
+    options = (ctx.scale, ctx.backend, ctx.mode, ctx.chunk_size, X, A)
     *grads, dstate0 = torch.ops.gdr_teach.delta_rule_backward(do, dstate, *tensors, *options)
     return (*grads, None if tensors[4] is None else dstate0, *(None,) * 5)
 

@@ -10,7 +10,6 @@ from ..arguments import (
     check_log_decay_values,
     check_min_log_decay,
 )
-from ..chunkwise.tiles import inverse_dtype, target_of
 from ..notation import Output, Path, Sizes, state_like
 from ..paths import choose
 
@@ -172,10 +171,10 @@ def _(
     o, state, C = v.new_empty(v.shape), q.new_empty((N, H, K, V), dtype=dtype), chunk_size
     if backend != "triton" or mode != "chunk":
         return o, state, *(q.new_empty(0) for _ in range(4))
-    X = q.new_empty((*beta.shape, C), dtype=inverse_dtype(q.dtype, target_of(q.device)))
+    X = q.new_empty((2, *beta.shape, C))
     slots = N * -(-q.shape[1] // C) if cu_seqlens is None else q.shape[1] // C + N
     operands, fade = q.new_empty((3, *q.shape)), state.new_empty((slots, H, 2, K))
-    return o, state, X, q.new_empty(X.shape), operands, fade
+    return o, state, X, q.new_empty((*beta.shape, C)), operands, fade
 
 
 # -- the operator, backward --------------------------------------------------------------------------------------------
@@ -205,10 +204,11 @@ def _backward(
     operands = (q, k, v, beta, log_decay)
     options = {"scale": scale, "initial_state": initial_state, "cu_seqlens": cu_seqlens}
     if backend == "triton" and mode == "chunk":
+        from ..chunkwise.tied import Prepared
         from .chunk import call
 
         options |= {"chunk_size": chunk_size, "min_log_decay": min_log_decay}
-        kept = None if X is None else (X, A, scaled, fade)
+        kept = None if X is None else Prepared(X, A, scaled, fade)
         *grads, dstate0 = call(*operands, **options).backward(do, dstate, kept)
         return *grads, q.new_empty(0) if dstate0 is None else dstate0
     if dstate is None:
