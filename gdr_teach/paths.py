@@ -15,7 +15,7 @@ from .notation import Path, Sizes
 _FOUND_TRITON = (
     importlib.util.find_spec("triton") is not None
 )  # torch.compile cannot trace the search
-CHUNK_SIZE = 64  # figures in docs/log.md
+CHUNK_SIZE = 32  # of plain PyTorch; figures in docs/log.md
 SHORT = 16  # up to this many tokens "auto" takes the recurrence
 
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from jaxtyping import TypeCheckError, jaxtyped
 from torch import library
 
-from gdr_teach import delta_rule, gated_delta_rule
+from gdr_teach import delta_rule, explain, gated_delta_rule
 from gdr_teach.testing import (
     DECAYS,
     as_rows,
@@ -28,7 +28,12 @@ from gdr_teach.testing import (
     gradients,
 )
 
-WAYS = (("torch", "recurrent"), ("torch", "chunk"), ("triton", "recurrent"))
+WAYS = (
+    ("torch", "recurrent"),
+    ("torch", "chunk"),
+    ("triton", "recurrent"),
+    ("triton", "chunk"),
+)
 
 
 class Rule(NamedTuple):
@@ -38,14 +43,13 @@ class Rule(NamedTuple):
     inputs: Callable  # how its inputs are drawn
     oracle: Callable  # float64, token by token
     extra: tuple = ()  # what its custom operator takes between `scale` and the way
-    ways: tuple[tuple[str, str], ...] = WAYS
     data: tuple[dict, ...] = ({},)  # options of `inputs` that random calls choose from
 
 
 DECAYED = tuple({"log_decay": g} for g in (None, "mixed", *DECAYS))
 GATED = {"extra": (None,), "data": DECAYED}
 RULES = {
-    "delta": Rule(delta_rule, delta_inputs, delta_oracle, ways=(*WAYS, ("triton", "chunk"))),
+    "delta": Rule(delta_rule, delta_inputs, delta_oracle),
     "gated-head": Rule(
         gated_delta_rule, functools.partial(gated_inputs, per="head"), gated_oracle, **GATED
     ),
@@ -81,7 +85,7 @@ class Case(NamedTuple):
 
 
 CASES = {
-    f"{name}-{'-'.join(way)}": Case(rule, *way) for name, rule in RULES.items() for way in rule.ways
+    f"{name}-{'-'.join(way)}": Case(rule, *way) for name, rule in RULES.items() for way in WAYS
 }
 every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 
@@ -375,7 +379,11 @@ def test_opcheck(case, pack):
         getattr(torch.ops.gdr_teach, f"{name}{suffix}").default for suffix in ("", "_backward")
     )
     library.opcheck(forward, (*needing_gradients(x), *options))
-    library.opcheck(backward, (*cotangents(x), *x, *options))
+    kept = forward(*x, *options)[2:]
+    kept = [y if y.numel() else None for y in kept]
+    given = case.mode == "chunk" and not (pack and case.backend == "torch")
+    assert (kept[0] is not None) == given
+    library.opcheck(backward, (*cotangents(x), *x, *options, *kept))
 
 
 @every_case
@@ -471,6 +479,28 @@ def test_large_random_calls_by_chunks(rule, drawn):
 @pytest.mark.parametrize("rule", RULES)
 @settings(max_examples=3, deadline=None, derandomize=True)
 @given(drawn=calls(longest=10, widest=128))
-def test_wide_random_calls_of_the_kernel(rule, drawn):
+def test_wide_random_calls_of_the_token_kernels(rule, drawn):
     case = CASES[f"{rule}-triton-recurrent"]
     hold_normwise(case, drawn, in_float64(case))
+
+
+@pytest.mark.parametrize("rule", RULES)
+@settings(max_examples=8, deadline=None, derandomize=True)
+@given(drawn=calls(longest=100, widest=128))
+def test_large_random_calls_of_the_chunk_kernels(rule, drawn):
+    case = CASES[f"{rule}-triton-chunk"]
+    hold_normwise(case, drawn, in_float64(case))
+
+
+@pytest.mark.parametrize("case", [CASES[name] for name in CASES if name.endswith("chunk")])
+def test_chunks_compute_the_same_again_without_what_was_kept(case):
+    x = case.inputs(1, 20, 2, 4, 3, dtype=torch.float32)
+    C = explain(case.rule.op, *x[:-1], **case.way).chunk_size
+    name, options = case.rule.op.__name__, (None, 0.5, *case.rule.extra, *case.way.values(), C)
+    forward, backward = (getattr(torch.ops.gdr_teach, f"{name}{end}") for end in ("", "_backward"))
+    kept = [y if y.numel() else None for y in forward(*x, *options)[2:]]
+    do, dstate = cotangents(x)
+    want = backward(do, dstate, *x, *options, *kept)
+    assert equal(backward(do, dstate, *x, *options, *(None for _ in kept)), want)
+    zero = torch.zeros_like(dstate)
+    assert equal(backward(do, None, *x, *options, *kept), backward(do, zero, *x, *options, *kept))

@@ -5,6 +5,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, library
 
 from ..arguments import check_call, check_cu_seqlens_values
+from ..chunkwise.kept import kept_like, padded
 from ..notation import Output, Path, Sizes, state_like
 from ..paths import choose
 
@@ -87,8 +88,8 @@ def _forward(
     backend: str,
     mode: str,
     chunk_size: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    # the last two outputs are what the chunk kernels keep for the backward; no caller sees them
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    # the last five outputs are what a call by chunks keeps for its backward; no caller sees them
     check_cu_seqlens_values("delta_rule", cu_seqlens, q.shape[1])
     options = {"scale": scale, "initial_state": initial_state, "cu_seqlens": cu_seqlens}
     if backend == "triton":
@@ -97,28 +98,33 @@ def _forward(
 
         if mode == "chunk":
             o, state, kept = call(q, k, v, beta, chunk_size=chunk_size, **options).forward()
-            return o, state, kept.X, kept.A
+            return o, state, *padded(kept, q)
         out = delta_recurrent(q, k, v, beta, **options)
-        return out.o, out.state, q.new_empty(0), q.new_empty(0)
-    from .reference import delta_chunkwise, delta_recurrence
+        return out.o, out.state, *padded((), q)
+    from .reference import chunkwise, delta_chunkwise, delta_recurrence
 
+    kept = ()
     with torch.autocast(q.device.type, enabled=False):
-        if mode == "chunk":
+        if mode == "chunk" and cu_seqlens is None:
+            out, kept = chunkwise(q, k, v, beta, scale, initial_state, chunk_size)
+        elif mode == "chunk":
             out = delta_chunkwise(q, k, v, beta, chunk_size=chunk_size, **options)
         else:
             out = delta_recurrence(q, k, v, beta, **options)
-    return out.o.contiguous(), out.state.contiguous(), q.new_empty(0), q.new_empty(0)
+    return out.o.contiguous(), out.state.contiguous(), *padded(kept, q)
 
 
 @_forward.register_fake
 def _(q, k, v, beta, initial_state, cu_seqlens, scale, backend, mode, chunk_size):
     shape, dtype = state_like(q, v, cu_seqlens)
     state = q.new_empty(shape, dtype=dtype)
-    if backend != "triton" or mode != "chunk":
-        return v.new_empty(v.shape), state, q.new_empty(0), q.new_empty(0)
-    X = q.new_empty((2, *beta.shape, chunk_size))
-    A = q.new_empty(X.shape[1:] if q.dtype == torch.float32 else 0)
-    return v.new_empty(v.shape), state, X, A
+    kept = ()
+    if mode == "chunk" and backend == "triton":
+        X = q.new_empty((2, *beta.shape, chunk_size))
+        kept = (X, q.new_empty(X.shape[1:] if q.dtype == torch.float32 else 0))
+    elif mode == "chunk" and cu_seqlens is None:
+        kept = kept_like(q, v, chunk_size)
+    return v.new_empty(v.shape), state, *padded(kept, q)
 
 
 # -- the operator, backward --------------------------------------------------------------------------------------------
@@ -138,8 +144,11 @@ def _backward(
     backend: str,
     mode: str,
     chunk_size: int,
-    X: Tensor | None,
-    A: Tensor | None,
+    kept1: Tensor | None,
+    kept2: Tensor | None,
+    kept3: Tensor | None,
+    kept4: Tensor | None,
+    kept5: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     tensors = (do, q, k, v, beta)
     options = {"scale": scale, "initial_state": initial_state, "cu_seqlens": cu_seqlens}
@@ -147,7 +156,7 @@ def _backward(
         from ..chunkwise.tied import Prepared
         from .chunk import call
 
-        kept = None if X is None else Prepared(X, A)
+        kept = None if kept1 is None else Prepared(kept1, kept2)
         this = call(*tensors[1:], chunk_size=chunk_size, **options)
         *grads, _, dstate0 = this.backward(do, dstate, kept)
         return *grads, q.new_empty(0) if dstate0 is None else dstate0
@@ -162,9 +171,11 @@ def _backward(
     else:
         from .transpose import delta_chunkwise_backward, delta_recurrence_backward
 
+        kept = None if kept1 is None else (kept1, kept2, kept3, kept4, kept5)
         with torch.autocast(q.device.type, enabled=False):
             if mode == "chunk":
-                grads = delta_chunkwise_backward(*tensors, chunk_size=chunk_size, **options)
+                options |= {"chunk_size": chunk_size, "kept": kept}
+                grads = delta_chunkwise_backward(*tensors, **options)
             else:
                 grads = delta_recurrence_backward(*tensors, **options)
     dq, dk, dv, dbeta, dstate0 = (x.contiguous() for x in grads)
@@ -182,14 +193,13 @@ def _save(ctx, inputs, output):
     *tensors, ctx.scale, ctx.backend, ctx.mode, ctx.chunk_size = inputs
     ctx.mark_non_differentiable(*output[2:])
     ctx.set_materialize_grads(False)  # no memory for the gradient of a state that nobody used
-    chunk = ctx.backend == "triton" and ctx.mode == "chunk"
-    ctx.save_for_backward(*tensors, *(output[2:] if chunk else (None, None)))
+    ctx.save_for_backward(*tensors, *(x if x.numel() else None for x in output[2:]))
 
 
 def _gradients(ctx, do, dstate, *_):
-    *tensors, X, A = ctx.saved_tensors
+    tensors, kept = ctx.saved_tensors[:6], ctx.saved_tensors[6:]
     do = torch.zeros_like(tensors[2]) if do is None else do
-    options = (ctx.scale, ctx.backend, ctx.mode, ctx.chunk_size, X, A)
+    options = (ctx.scale, ctx.backend, ctx.mode, ctx.chunk_size, *kept)
     *grads, dstate0 = torch.ops.gdr_teach.delta_rule_backward(do, dstate, *tensors, *options)
     return (*grads, None if tensors[4] is None else dstate0, *(None,) * 5)
 

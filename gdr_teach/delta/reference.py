@@ -14,9 +14,9 @@ linear transformers with the delta rule over sequence length", sections 2 and 3.
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.nn.functional import pad
 
 from ..arguments import check_positive_int
+from ..chunkwise import wy
 from ..notation import Output, state_dtype
 from ..packing import per_document
 
@@ -74,7 +74,7 @@ def delta_chunkwise(
         O = scale * (Q S + tril(Q K^T) U)                                                                 (2.7)
         S' = S + K^T U                                                                                    (2.8)
 
-    Args: as `gdr_teach.delta_rule`, and chunk_size C >= 1. The last chunk is filled up with beta = 0 and k = 0,
+    `chunkwise.wy` has it step by step. Args: as `gdr_teach.delta_rule`, and chunk_size C >= 1. The last chunk is filled up with beta = 0 and k = 0,
     tokens that change nothing. Returns: Output(o [B, T, H, V] in v's dtype, state [N, H, K, V]).
     """
     chunk_size = check_positive_int("delta_chunkwise", "chunk_size", chunk_size)
@@ -86,20 +86,24 @@ def delta_chunkwise(
         return Output(
             *per_document(delta_chunkwise, cu_seqlens, (q, k, v, beta), states, **options)
         )
+    return chunkwise(q, k, v, beta, scale, initial_state, chunk_size)[0]
+
+
+def chunkwise(q, k, v, beta, scale, initial_state, C: int) -> tuple[Output, wy.Kept]:
+    """`delta_chunkwise` without documents, and what its backward can take over."""
     scale = float(k.shape[-1] ** -0.5 if scale is None else scale)
     S = start_state(k, v, initial_state)  # [B, H, K, V]
-    Q, Kc, Vc = (chunks(x.to(S.dtype), chunk_size) for x in (q, k, v))  # [B, H, N, C, .]
-    b = chunks(beta.to(S.dtype)[..., None], chunk_size)  # [B, H, N, C, 1]
-    T = correction_matrix(Kc, b)  # [B, H, N, C, C]      (2.5)
-    u, w = ((T @ x.to(T.dtype)).to(S.dtype) for x in (Vc, Kc))  # (2.6) multiplied out
-    A = (Q @ Kc.mT).tril()
-    o = []
-    for n in range(Q.shape[2]):
-        U = u[:, :, n] - w[:, :, n] @ S  # [B, H, C, V]      (2.6)
-        o.append(scale * (Q[:, :, n] @ S + A[:, :, n] @ U))  # (2.7)
-        S = S + Kc[:, :, n].mT @ U  # (2.8)
-    O = torch.stack(o, dim=2) if o else Vc
-    return Output(tokens(O, q.shape[1]).to(v.dtype), S)
+    x = chunk_operands(q, k, v, beta, S.dtype, C)
+    exact = x.K.to(wy.exact_dtype(k))
+    x = x._replace(A=(x.Q @ x.K.mT).tril(), L=(exact @ exact.mT).tril(-1))
+    O, last, kept = wy.forward(x, S.flatten(0, 1), scale)
+    return Output(wy.tokens(O, v), last.view(S.shape)), kept
+
+
+def chunk_operands(q, k, v, beta, dtype: torch.dtype, C: int) -> wy.Chunks:
+    """The operands of the chunk map but A and L: no decay, so every one is q, k or v itself."""
+    Q, K, V, b = (wy.chunks(x.to(dtype), C) for x in (q, k, v, beta[..., None]))
+    return wy.Chunks(Q, K, K, V, b, A=None, L=None)
 
 
 def start_state(k: Tensor, v: Tensor, initial_state: Tensor | None) -> Tensor:
@@ -111,28 +115,14 @@ def start_state(k: Tensor, v: Tensor, initial_state: Tensor | None) -> Tensor:
 
 
 def correction_matrix(K: Tensor, beta: Tensor) -> Tensor:
-    """(2.5) for K [..., C, K] and beta [..., C, 1]: solves (I + L) T = diag(beta), L = tril_{-1}(diag(beta) K K^T).
+    """(2.5) for K [..., C, K] and beta [..., C, 1], in float64: the matrix that `delta_chunkwise` solves with.
 
-    In float64, and to be rounded only after it is multiplied: with identical keys and beta = 2 every chunk has the same
-    T, and the same rounding of it at every chunk adds up (2e-5 after 200 tokens against 7e-7, docs/log.md).
+    To be rounded only after it is multiplied: with identical keys and beta = 2 every chunk has the same T, and the same
+    rounding of it at every chunk adds up (2e-5 after 200 tokens against 7e-7, docs/log.md).
     """
-    exact = (
-        torch.float32 if K.device.type == "mps" else torch.float64
-    )  # Apple's GPUs have no float64
+    exact = wy.exact_dtype(K)
     K, beta = K.to(exact), beta.to(exact)
     L = (beta * (K @ K.mT)).tril(-1)
     return torch.linalg.solve_triangular(
         L, torch.diag_embed(beta[..., 0]), upper=False, unitriangular=True
     )
-
-
-def chunks(x: Tensor, C: int) -> Tensor:
-    """[B, T, H, D] as [B, H, N, C, D], the last chunk filled up with zeros."""
-    B, T, H, D = x.shape
-    N = -(-T // C)
-    return pad(x, (0, 0, 0, 0, 0, N * C - T)).view(B, N, C, H, D).permute(0, 3, 1, 2, 4)
-
-
-def tokens(x: Tensor, T: int) -> Tensor:
-    """[B, H, N, C, D] as [B, T, H, D]: the way back from `chunks`, its filling cut off."""
-    return x.permute(0, 2, 3, 1, 4).flatten(1, 2)[:, :T]

@@ -7,8 +7,9 @@ Neither function builds an autograd graph: they are what the operator runs when 
 import torch
 from torch import Tensor
 
+from ..chunkwise import wy
 from ..packing import per_document
-from .reference import chunks, correction_matrix, start_state, tokens
+from .reference import chunk_operands, chunkwise, start_state
 
 
 def delta_recurrence_backward(
@@ -68,8 +69,9 @@ def delta_chunkwise_backward(
     initial_state: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     chunk_size: int = 64,
+    kept: wy.Kept | None = None,
 ) -> tuple[Tensor, ...]:
-    """The gradients of `delta_chunkwise`: a forward walk for S and U, a reverse walk for D, then all chunks at once.
+    """The gradients of `delta_chunkwise`: those of its operands (`chunkwise.wy`), and back to q and k.
 
     With L = tril_{-1}(K K^T), A = tril(Q K^T), P = V - K S and dO already multiplied by scale:
 
@@ -79,7 +81,7 @@ def delta_chunkwise_backward(
         dbeta = rowsum((P - L U) * (dU - L^T dP))                                                     (2.16)
 
     (2.16) has no division: U = beta (P - L U), so its row sums hold at beta = 0 as well.
-    Args and Returns: as `delta_recurrence_backward`, and chunk_size C >= 1.
+    Args and Returns: as `delta_recurrence_backward`, chunk_size C >= 1, and kept: what the forward gave (None: again).
     """
     if cu_seqlens is not None:
         states = {"dstate": dstate, "initial_state": initial_state}
@@ -88,41 +90,17 @@ def delta_chunkwise_backward(
             delta_chunkwise_backward, cu_seqlens, (do, q, k, v, beta), states, **options
         )
     scale = float(k.shape[-1] ** -0.5 if scale is None else scale)
-    S = start_state(k, v, initial_state)
-    Q, K, V, dO = (chunks(x.to(S.dtype), chunk_size) for x in (q, k, v, do))  # [B, H, N, C, .]
-    b = chunks(beta.to(S.dtype)[..., None], chunk_size)  # [B, H, N, C, 1]
-    dO = scale * dO
-    A, L = (Q @ K.mT).tril(), (K @ K.mT).tril(-1)
-    dU = A.mT @ dO
-    T = correction_matrix(K, b)  # in float64: rounded once it is multiplied
-    u, w, y, x = (
-        (M @ z.to(T.dtype)).to(S.dtype) for M, z in ((T, V), (T, K), (T.mT, dU), (T.mT, K))
-    )
-    N = Q.shape[2]
-
-    starts, U = S.new_empty((*S.shape[:2], N, *S.shape[2:])), torch.empty_like(V)
-    for n in range(N):
-        starts[:, :, n] = S
-        U[:, :, n] = u[:, :, n] - w[:, :, n] @ S  # (2.6)
-        S = S + K[:, :, n].mT @ U[:, :, n]  # (2.8)
-    ends, dP = torch.empty_like(starts), torch.empty_like(V)
-    D = dstate.clone()
-    for n in reversed(range(N)):
-        ends[:, :, n] = D
-        dP[:, :, n] = y[:, :, n] + x[:, :, n] @ D  # (2.13)
-        D = D + Q[:, :, n].mT @ dO[:, :, n] - K[:, :, n].mT @ dP[:, :, n]
-
-    dU = dU + K @ ends
-    G, dA = (dP @ U.mT).tril(-1), (dO @ U.mT).tril()  # (2.14)
-    dQ = dO @ starts.mT + dA @ K  # (2.15)
-    dK = U @ ends.mT + dA.mT @ Q - dP @ starts.mT - (G + G.mT) @ K
-    R = V - K @ starts - L @ U
-    db = (R * (dU - L.mT @ dP)).sum(-1, keepdim=True)  # (2.16)
-    dq, dk, dv, dbeta = (
-        tokens(x, q.shape[1]).to(like.dtype)
-        for x, like in zip((dQ, dK, dP, db), (q, k, v, beta), strict=True)
-    )
-    return dq, dk, dv, dbeta[..., 0], D
+    if kept is None:
+        kept = chunkwise(q, k, v, beta, scale, initial_state, chunk_size)[1]
+    x = chunk_operands(q, k, v, beta, dstate.dtype, chunk_size)
+    dO = scale * wy.chunks(do.to(dstate.dtype), chunk_size)
+    d, dS0 = wy.backward(x, kept, dO, dstate.flatten(0, 1))  # (2.13)
+    dA, dL = d.dA.tril(), d.dL.tril(-1)  # (2.14): dL = -G
+    dQ = d.dQ + dA @ x.K  # (2.15)
+    dK = d.dK + d.dW + dA.mT @ x.Q + (dL + dL.mT) @ x.K
+    grads = zip((dQ, dK, d.dV, d.dbeta), (q, k, v, beta[..., None]), strict=True)
+    dq, dk, dv, dbeta = (wy.tokens(z, like) for z, like in grads)
+    return dq, dk, dv, dbeta[..., 0], dS0.view(dstate.shape)
 
 
 def read(S: Tensor, x: Tensor) -> Tensor:

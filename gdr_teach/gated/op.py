@@ -10,6 +10,7 @@ from ..arguments import (
     check_log_decay_values,
     check_min_log_decay,
 )
+from ..chunkwise.kept import kept_like, padded
 from ..notation import Output, Path, Sizes, state_like
 from ..paths import choose
 
@@ -124,32 +125,34 @@ def _forward(
     backend: str,
     mode: str,
     chunk_size: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    # the last four outputs are what the chunk kernels keep for the backward; no caller sees them
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    # the last five outputs are what a call by chunks keeps for its backward; no caller sees them
     check_cu_seqlens_values("gated_delta_rule", cu_seqlens, q.shape[1])
     check_log_decay_values("gated_delta_rule", log_decay, min_log_decay)
     operands = (q, k, v, beta, log_decay)
     options = {"scale": scale, "initial_state": initial_state, "cu_seqlens": cu_seqlens}
-    nothing = [q.new_empty(0) for _ in range(4)]
     if backend == "triton" and mode == "chunk":
         from .chunk import call
 
         options |= {"chunk_size": chunk_size, "min_log_decay": min_log_decay}
         o, state, kept = call(*operands, **options).forward()
-        return o, state, *kept
+        return o, state, *padded(kept, q)
     if backend == "triton":
         from .recurrent import gated_recurrent
 
         out = gated_recurrent(*operands, **options)
-        return out.o, out.state, *nothing
-    from .reference import gated_chunkwise, gated_recurrence
+        return out.o, out.state, *padded((), q)
+    from .reference import chunkwise, gated_chunkwise, gated_recurrence
 
+    kept = ()
     with torch.autocast(q.device.type, enabled=False):
-        if mode == "chunk":
+        if mode == "chunk" and cu_seqlens is None:
+            out, kept = chunkwise(*operands, scale, initial_state, chunk_size)
+        elif mode == "chunk":
             out = gated_chunkwise(*operands, chunk_size=chunk_size, **options)
         else:
             out = gated_recurrence(*operands, **options)
-    return out.o.contiguous(), out.state.contiguous(), *nothing
+    return out.o.contiguous(), out.state.contiguous(), *padded(kept, q)
 
 
 @_forward.register_fake
@@ -169,12 +172,15 @@ def _(
 ):
     (N, H, K, V), dtype = state_like(q, v, cu_seqlens)
     o, state, C = v.new_empty(v.shape), q.new_empty((N, H, K, V), dtype=dtype), chunk_size
-    if backend != "triton" or mode != "chunk":
-        return o, state, *(q.new_empty(0) for _ in range(4))
-    X = q.new_empty((2, *beta.shape, C))
-    slots = N * -(-q.shape[1] // C) if cu_seqlens is None else q.shape[1] // C + N
-    operands, fade = q.new_empty((3, *q.shape)), state.new_empty((slots, H, 2, K))
-    return o, state, X, q.new_empty((*beta.shape, C)), operands, fade
+    kept = ()
+    if mode == "chunk" and backend == "triton":
+        X = q.new_empty((2, *beta.shape, C))
+        slots = N * -(-q.shape[1] // C) if cu_seqlens is None else q.shape[1] // C + N
+        operands, fade = q.new_empty((3, *q.shape)), state.new_empty((slots, H, 2, K))
+        kept = (X, q.new_empty(X.shape[1:]), operands, fade)
+    elif mode == "chunk" and cu_seqlens is None:
+        kept = kept_like(q, v, C)
+    return o, state, *padded(kept, q)
 
 
 # -- the operator, backward --------------------------------------------------------------------------------------------
@@ -196,10 +202,11 @@ def _backward(
     backend: str,
     mode: str,
     chunk_size: int,
-    X: Tensor | None,
-    A: Tensor | None,
-    scaled: Tensor | None,
-    fade: Tensor | None,
+    kept1: Tensor | None,
+    kept2: Tensor | None,
+    kept3: Tensor | None,
+    kept4: Tensor | None,
+    kept5: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     operands = (q, k, v, beta, log_decay)
     options = {"scale": scale, "initial_state": initial_state, "cu_seqlens": cu_seqlens}
@@ -208,7 +215,7 @@ def _backward(
         from .chunk import call
 
         options |= {"chunk_size": chunk_size, "min_log_decay": min_log_decay}
-        kept = None if X is None else Prepared(X, A, scaled, fade)
+        kept = None if kept1 is None else Prepared(kept1, kept2, kept3, kept4)
         *grads, dstate0 = call(*operands, **options).backward(do, dstate, kept)
         return *grads, q.new_empty(0) if dstate0 is None else dstate0
     if dstate is None:
@@ -222,9 +229,11 @@ def _backward(
     else:
         from .transpose import gated_chunkwise_backward, gated_recurrence_backward
 
+        kept = None if kept1 is None else (kept1, kept2, kept3, kept4, kept5)
         with torch.autocast(q.device.type, enabled=False):
             if mode == "chunk":
-                grads = gated_chunkwise_backward(do, *operands, chunk_size=chunk_size, **options)
+                options |= {"chunk_size": chunk_size, "kept": kept}
+                grads = gated_chunkwise_backward(do, *operands, **options)
             else:
                 grads = gated_recurrence_backward(do, *operands, **options)
     dq, dk, dv, dbeta, dlog_decay, dstate0 = (x.contiguous() for x in grads)
@@ -240,17 +249,15 @@ def _(do, dstate, q, k, v, beta, log_decay, initial_state, *rest):
 
 def _save(ctx, inputs, output):
     *tensors, ctx.scale, ctx.bound, ctx.backend, ctx.mode, ctx.chunk_size = inputs
-    kept = output[2:]
-    ctx.mark_non_differentiable(*kept)
+    ctx.mark_non_differentiable(*output[2:])
     ctx.set_materialize_grads(False)  # no memory for the gradient of a state that nobody used
-    chunk = ctx.backend == "triton" and ctx.mode == "chunk"
-    ctx.save_for_backward(*tensors, *(kept if chunk else (None,) * 4))
+    ctx.save_for_backward(*tensors, *(x if x.numel() else None for x in output[2:]))
 
 
 def _gradients(ctx, do, dstate, *_):
-    *tensors, X, A, scaled, fade = ctx.saved_tensors
+    tensors, kept = ctx.saved_tensors[:7], ctx.saved_tensors[7:]
     do = torch.zeros_like(tensors[2]) if do is None else do
-    options = (ctx.scale, ctx.bound, ctx.backend, ctx.mode, ctx.chunk_size, X, A, scaled, fade)
+    options = (ctx.scale, ctx.bound, ctx.backend, ctx.mode, ctx.chunk_size, *kept)
     *grads, dstate0 = torch.ops.gdr_teach.gated_delta_rule_backward(do, dstate, *tensors, *options)
     return (*grads, None if tensors[5] is None else dstate0, *(None,) * 6)
 

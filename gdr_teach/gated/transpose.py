@@ -14,23 +14,12 @@ the pairs that cross token t, and no others, hand back.
 import torch
 from torch import Tensor
 
-from ..delta.reference import chunks, start_state, tokens
+from ..chunkwise import wy
+from ..chunkwise.levels import decayed_scores_backward, sums_backward
+from ..delta.reference import start_state
 from ..delta.transpose import outer, read, write
 from ..packing import per_document
-from .reference import (
-    after,
-    by_row,
-    chunk_operands,
-    corners,
-    correction_matrix,
-    decayed_scores,
-    halves,
-    level_decays,
-    level_sizes,
-    shifted,
-    to_power_of_two,
-    upto,
-)
+from .reference import by_row, chunk_operands, chunkwise
 
 
 def gated_recurrence_backward(
@@ -97,6 +86,7 @@ def gated_chunkwise_backward(
     initial_state: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     chunk_size: int = 64,
+    kept: wy.Kept | None = None,
 ) -> tuple[Tensor, ...]:
     """The gradients of `gated_chunkwise`: a forward walk for S and U, a reverse walk for D, then all chunks at once.
 
@@ -108,7 +98,7 @@ def gated_chunkwise_backward(
         dbeta = rowsum((P - L U) * (dU - L^T dP))                                                         (5.18)
 
     and from dA, dL, dQ~, dK~, dK^ back through the exponents of (5.6) and (5.7) to q, k and g.
-    Args and Returns: as `gated_recurrence_backward`, and chunk_size C >= 1.
+    Args and Returns: as `gated_recurrence_backward`, chunk_size C >= 1, and kept: what the forward gave (None: again).
     """
     operands = (q, k, v, beta, log_decay)
     if cu_seqlens is not None:
@@ -118,79 +108,24 @@ def gated_chunkwise_backward(
             gated_chunkwise_backward, cu_seqlens, (do, *operands), states, **options
         )
     scale = float(k.shape[-1] ** -0.5 if scale is None else scale)
-    S = start_state(k, v, initial_state)
-    Q, K, V, b, g = chunk_operands(*operands, S.dtype, chunk_size)  # [B, H, N, C, .]
-    dO = scale * chunks(do.to(S.dtype), chunk_size)
-    from_start, to_end = upto(g).exp(), after(g).exp()
-    whole = g.sum(-2)[..., None].exp()  # [B, H, N, K or 1, 1]
-    Qr, Kr, Kw = Q * from_start, K * from_start, K * to_end  # (5.6)
-    A = decayed_scores(Q, K, g)
-    T, L = correction_matrix(K, b, g)
-    L, dU = L.to(S.dtype), A.mT @ dO
-    u, w, y, x = (
-        (M @ z.to(T.dtype)).to(S.dtype) for M, z in ((T, V), (T, Kr), (T.mT, dU), (T.mT, Kw))
-    )
-    N = Q.shape[2]
-
-    starts, U = S.new_empty((*S.shape[:2], N, *S.shape[2:])), torch.empty_like(V)
-    for n in range(N):
-        starts[:, :, n] = S
-        U[:, :, n] = u[:, :, n] - w[:, :, n] @ S  # (5.8)
-        S = whole[:, :, n] * S + Kw[:, :, n].mT @ U[:, :, n]  # (5.9)
-    ends, dP = torch.empty_like(starts), torch.empty_like(V)
-    D = dstate.clone()
-    for n in reversed(range(N)):
-        ends[:, :, n] = D
-        dP[:, :, n] = y[:, :, n] + x[:, :, n] @ D  # (5.15)
-        D = whole[:, :, n] * D + Qr[:, :, n].mT @ dO[:, :, n] - Kr[:, :, n].mT @ dP[:, :, n]
-
-    dU = dU + Kw @ ends
-    dQr, dKr, dKw = dO @ starts.mT, -dP @ starts.mT, U @ ends.mT  # (5.17)
-    dA, dL = dO @ U.mT, (-dP @ U.mT).tril(-1)  # (5.16)
-    dQ, dK, dg = decayed_scores_backward(dA, Q, K, g)
-    dK_read, dK_write, dg_erase = decayed_scores_backward(dL, K, K, g)
-    dQ = dQ + dQr * from_start
-    dK = dK + dK_read + dK_write + dKr * from_start + dKw * to_end
-    dg = dg + dg_erase + upto_transposed(Qr * dQr + Kr * dKr) + after_transposed(Kw * dKw)
-    dg = (
-        dg + (whole * starts * ends).sum(-1)[..., None, :]
-    )  # [B, H, N, 1, K]: every token of the chunk
-    R = V - Kr @ starts - L @ U
-    db = (R * (dU - L.mT @ dP)).sum(-1, keepdim=True)  # (5.18)
-    dQ, dK, dV, db, dg = (tokens(z, q.shape[1]) for z in (dQ, dK, dP, db, dg))
-    dlog_decay = like(dg, log_decay)
-    return dQ.to(q.dtype), dK.to(k.dtype), dV.to(v.dtype), db[..., 0].to(beta.dtype), dlog_decay, D
-
-
-def decayed_scores_backward(
-    dA: Tensor, x: Tensor, y: Tensor, g: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients dx, dy, dg [..., C, K] of `decayed_scores`, level by level; dA above the diagonal is not read."""
-    C = x.shape[-2]
-    dA = to_power_of_two(to_power_of_two(dA).mT).mT
-    x, y, g = (to_power_of_two(z) for z in (x, y, g))
-    d = dA.diagonal(dim1=-2, dim2=-1)[..., None]
-    dx, dy, dg = d * y, d * x, torch.zeros_like(x)  # no decay on the diagonal
-    for h in level_sizes(C):
-        to_cut, from_cut = level_decays(g, h)
-        columns, rows = halves(y, h)[0] * to_cut, halves(x, h)[1] * from_cut
-        dscores = corners(dA, h)
-        drows, dcolumns = dscores @ columns, dscores.mT @ rows
-        halves(dx, h)[1].add_(drows * from_cut)
-        halves(dy, h)[0].add_(dcolumns * to_cut)
-        halves(dg, h)[1].add_(upto_transposed(rows * drows))
-        halves(dg, h)[0].add_(after_transposed(columns * dcolumns))
-    return dx[..., :C, :], dy[..., :C, :], dg[..., :C, :]
-
-
-def upto_transposed(x: Tensor) -> Tensor:
-    """The transpose of `upto`: sums over each token and those after it."""
-    return x.flip(-2).cumsum(-2).flip(-2)
-
-
-def after_transposed(x: Tensor) -> Tensor:
-    """The transpose of `after`: sums over the tokens before each one."""
-    return shifted(x).cumsum(-2)
+    if kept is None:
+        kept = chunkwise(*operands, scale, initial_state, chunk_size)[1]
+    x, Q, K, f = chunk_operands(*operands, dstate.dtype, chunk_size)
+    dO = scale * wy.chunks(do.to(dstate.dtype), chunk_size)
+    d, dS0 = wy.backward(x, kept, dO, dstate.flatten(0, 1))  # (5.15) to (5.18)
+    dQ, dK, dlevels = decayed_scores_backward(d.dA, d.dL, Q, K, f)
+    C = chunk_size
+    dQ = dQ + d.dQ * f.from_start[..., :C, :]
+    dK = dK + d.dK * f.from_start[..., :C, :] + d.dW * f.to_end[..., :C, :]
+    by_gate = [x.Q * d.dQ + x.K * d.dK, x.W * d.dW, (f.whole * d.dfade).mT]  # exponent times its gradient
+    if x.fade.shape[-2] == 1:  # one gate a head: it is in every channel's exponent
+        by_gate = [z.sum(-1, keepdim=True) for z in by_gate]
+    dupto, dafter, dtotal = by_gate
+    dg = sums_backward(dlevels, dupto, dafter, dtotal)
+    likes = (q, k, v, beta[..., None], by_row(log_decay))
+    grads = zip((dQ, dK, d.dV, d.dbeta, dg), likes, strict=True)
+    dq, dk, dv, dbeta, dlog_decay = (wy.tokens(z, like) for z, like in grads)
+    return dq, dk, dv, dbeta[..., 0], dlog_decay.view(log_decay.shape), dS0.view(dstate.shape)
 
 
 def like(dg: Tensor, log_decay: Tensor) -> Tensor:

@@ -84,10 +84,11 @@ def test_chunks_stay_near_the_token_loop(dtype, keys, beta):
     ("T", "options", "way"),
     [
         (16, {}, ("torch", "recurrent", 0, 1, 0)),
-        (17, {}, ("torch", "chunk", 64, 1, 0)),
+        (17, {}, ("torch", "chunk", 32, 1, 0)),
         (17, {"mode": "recurrent"}, ("torch", "recurrent", 0, 1, 0)),
-        (4, {"mode": "chunk"}, ("torch", "chunk", 64, 1, 0)),
-        (17, {"backend": "triton"}, ("triton", "recurrent", 0, 1, 1)),
+        (4, {"mode": "chunk"}, ("torch", "chunk", 32, 1, 0)),
+        (16, {"backend": "triton"}, ("triton", "recurrent", 0, 1, 1)),
+        (17, {"backend": "triton"}, ("triton", "chunk", 64, 1, 2)),
         (17, {"backend": "triton", "mode": "chunk"}, ("triton", "chunk", 64, 1, 2)),
     ],
 )
