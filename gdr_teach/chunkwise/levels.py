@@ -46,7 +46,8 @@ def factors(g: Tensor) -> Factors:
     after, levels, h = torch.zeros_like(upto), [], 1
     while h < upto.shape[-2]:
         before, behind = halves(upto, h), halves(after, h)
-        levels.append((behind[0].exp(), before[1].exp()))
+        # contiguous first: exp of a strided tensor is four times slower
+        levels.append((behind[0].contiguous().exp(), before[1].contiguous().exp()))
         first, second = (x[..., -1:, :].clone() for x in before)  # the sums of the halves
         before[1].add_(first)
         behind[0].add_(second)
@@ -86,18 +87,26 @@ def corners(A: Tensor, h: int) -> Tensor:
     return own[..., 1, :, 0, :, :].movedim(-1, -3)
 
 
-def decayed_scores(x: Tensor, y: Tensor, f: Factors, dtype: torch.dtype | None = None) -> Tensor:
-    """(5.7) for x, y [..., C, K] and the factors of their gates; summed in dtype, default x's own."""
-    C, dtype = x.shape[-2], x.dtype if dtype is None else dtype
-    x, y = to_power_of_two(x), to_power_of_two(y)
+def decayed_scores(q: Tensor, k: Tensor, f: Factors, exact: torch.dtype) -> tuple[Tensor, Tensor]:
+    """A in q's dtype and L in `exact`, (5.7) for q, k [..., C, K] and the factors of their gates.
+
+    L is summed in more digits from factors as they are: without decay they are exactly 1, with it errors fade as well.
+    """
+    C = q.shape[-2]
+    q, k = to_power_of_two(q), to_power_of_two(k)
     if f.from_start.shape[-1] == 1:  # one decay a head: a number for every pair
-        return ((x.to(dtype) @ y.to(dtype).mT) * pair_factors(f).to(dtype))[..., :C, :C]
-    A = torch.diag_embed((x.to(dtype) * y.to(dtype)).sum(-1))
+        E, wide = pair_factors(f), k.to(exact)
+        A, L = (q @ k.mT) * E, (wide @ wide.mT) * E.to(exact).tril(-1)
+        return A[..., :C, :C], L[..., :C, :C]
+    A = torch.diag_embed((q * k).sum(-1))
+    L = torch.zeros(A.shape, dtype=exact, device=A.device)
     for n, (to_cut, from_cut) in enumerate(f.levels):
         h = 1 << n
-        rows, columns = halves(x, h)[1] * from_cut, halves(y, h)[0] * to_cut
-        corners(A, h).copy_(rows.to(dtype) @ columns.to(dtype).mT)
-    return A[..., :C, :C]
+        k_first, k_second = halves(k, h)
+        columns = (k_first * to_cut).mT
+        corners(A, h).copy_((halves(q, h)[1] * from_cut) @ columns)
+        corners(L, h).copy_((k_second * from_cut).to(exact) @ columns.to(exact))
+    return A[..., :C, :C], L[..., :C, :C]
 
 
 def pair_factors(f: Factors) -> Tensor:
@@ -124,16 +133,19 @@ def decayed_scores_backward(
     dq, dk, levels = d * k, d * q, []  # no decay on the diagonal
     for n, (to_cut, from_cut) in enumerate(f.levels):
         h = 1 << n
-        columns = halves(k, h)[0] * to_cut
-        rows = torch.cat([halves(q, h)[1] * from_cut, halves(k, h)[1] * from_cut], dim=-2)
+        (k_first, k_second), q_second = halves(k, h), halves(q, h)[1]
+        columns = k_first * to_cut
+        rows = columns.new_empty((*columns.shape[:-2], 2, h, columns.shape[-1]))
+        torch.mul(q_second, from_cut, out=rows[..., 0, :, :])
+        torch.mul(k_second, from_cut, out=rows[..., 1, :, :])
         dscores = torch.cat([corners(dA, h), corners(dL, h)], dim=-2)
-        drows, dcolumns = dscores @ columns, dscores.mT @ rows
-        back = (rows * drows).unflatten(-2, (2, h)).sum(-3)
-        drows = drows.unflatten(-2, (2, h)) * from_cut[..., None, :, :]
-        halves(dq, h)[1].add_(drows[..., 0, :, :])
-        halves(dk, h)[1].add_(drows[..., 1, :, :])
-        halves(dk, h)[0].add_(dcolumns * to_cut)
-        levels.append((columns * dcolumns, back))
+        drows = (dscores @ columns).unflatten(-2, (2, h))
+        dcolumns = dscores.mT @ rows.flatten(-3, -2)
+        halves(dq, h)[1].addcmul_(drows[..., 0, :, :], from_cut)
+        halves(dk, h)[1].addcmul_(drows[..., 1, :, :], from_cut)
+        halves(dk, h)[0].addcmul_(dcolumns, to_cut)
+        back = rows.mul_(drows)
+        levels.append((columns.mul_(dcolumns), back[..., 0, :, :].add_(back[..., 1, :, :])))
     return dq[..., :C, :], dk[..., :C, :], levels
 
 

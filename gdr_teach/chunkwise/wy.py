@@ -118,13 +118,14 @@ def forward(x: Chunks, S: Tensor, scale: float) -> tuple[Tensor, Tensor, Kept]:
     """O [N, B H, C, V] and the last state, from the state S [B H, K, V] before the first chunk; and what may be kept."""
     X = inverse(x)
     starts, R, S = walk(x, X, S)
-    O = torch.baddbmm(*map(flat, (x.Q @ starts, x.A, x.beta * R))).view(R.shape) * scale  # (6.6)
+    O = plus(x.Q @ starts, x.A, x.beta * R) * scale  # (6.6)
     return O, S, Kept(X, x.A, x.L.to(R.dtype), R, starts)
 
 
-def flat(x: Tensor) -> Tensor:
-    """[N, B H, ...] as [N B H, ...], for products that add."""
-    return x.flatten(0, 1)
+def plus(x: Tensor, y: Tensor, z: Tensor, sign: int = 1) -> Tensor:
+    """x + sign * y z for products of all chunks [N, B H, ., .], without a tensor in between."""
+    out = torch.baddbmm(x.flatten(0, 1), y.flatten(0, 1), z.flatten(0, 1), alpha=sign)
+    return out.view(x.shape)
 
 
 def backward(x: Chunks, kept: Kept, dO: Tensor, D: Tensor) -> tuple[Gradients, Tensor]:
@@ -133,26 +134,25 @@ def backward(x: Chunks, kept: Kept, dO: Tensor, D: Tensor) -> tuple[Gradients, T
     Of x it reads what `kept` does not have.
     """
     X, A, L, R, starts = kept
-    U, dU = x.beta * R, A.mT @ dO
-    N = len(dO)
-    ends, dP = [D] * N, [D] * N
+    U, dU = x.beta * R, A.mT @ dO  # dU is to be complete further down
     XU, XW = times(X.mT, x.beta * dU, x.beta * x.W)
-    for n in reversed(range(N)):  # (6.7)
+    D, ends, dP = D.clone(), torch.empty_like(starts), torch.empty_like(R)
+    for n in reversed(range(len(dO))):  # (6.7)
         ends[n] = D
-        dP[n] = torch.baddbmm(XU[n], XW[n], D)
-        D = D if x.fade is None else x.fade[n] * D
-        D = torch.baddbmm(D, x.Q[n].mT, dO[n])
-        D = torch.baddbmm(D, x.K[n].mT, dP[n], alpha=-1)
-    after, dPs = (torch.stack(ends), torch.stack(dP)) if N else (starts, R)
-    dU = dU + x.W @ after
+        torch.baddbmm(XU[n], XW[n], D, out=dP[n])
+        if x.fade is not None:
+            D.mul_(x.fade[n])
+        D.baddbmm_(x.Q[n].mT, dO[n]).baddbmm_(x.K[n].mT, dP[n], alpha=-1)
+    dU = plus(plus(dU, x.W, ends), L.mT, dP, -1)
+    minus = -dP
     grads = Gradients(
         dO @ starts.mT,  # (6.8)
-        -(dPs @ starts.mT),
-        U @ after.mT,
-        dPs,
-        (R * (dU - L.mT @ dPs)).sum(-1, keepdim=True),  # (6.9)
+        minus @ starts.mT,
+        U @ ends.mT,
+        dP,
+        (R * dU).sum(-1, keepdim=True),  # (6.9)
         dO @ U.mT,
-        -(dPs @ U.mT),
-        None if x.fade is None else (starts * after).sum(-1, keepdim=True),
+        minus @ U.mT,
+        None if x.fade is None else (starts * ends).sum(-1, keepdim=True),
     )
     return grads, D

@@ -96,8 +96,8 @@ def delta_chunkwise_backward(
     dO = scale * wy.chunks(do.to(dstate.dtype), chunk_size)
     d, dS0 = wy.backward(x, kept, dO, dstate.flatten(0, 1))  # (2.13)
     dA, dL = d.dA.tril(), d.dL.tril(-1)  # (2.14): dL = -G
-    dQ = d.dQ + dA @ x.K  # (2.15)
-    dK = d.dK + d.dW + dA.mT @ x.Q + (dL + dL.mT) @ x.K
+    dQ = wy.plus(d.dQ, dA, x.K)  # (2.15)
+    dK = wy.plus(wy.plus(d.dK + d.dW, dA.mT, x.Q), dL + dL.mT, x.K)
     grads = zip((dQ, dK, d.dV, d.dbeta), (q, k, v, beta[..., None]), strict=True)
     dq, dk, dv, dbeta = (wy.tokens(z, like) for z, like in grads)
     return dq, dk, dv, dbeta[..., 0], dS0.view(dstate.shape)

@@ -106,9 +106,8 @@ def chunkwise(q, k, v, beta, log_decay, scale, initial_state, C: int) -> tuple[O
     scale = float(k.shape[-1] ** -0.5 if scale is None else scale)
     S = start_state(k, v, initial_state)  # [B, H, K, V]
     x, Q, K, f = chunk_operands(q, k, v, beta, log_decay, S.dtype, C)
-    # (5.7); L in float64 from factors as they are: without decay they are exactly 1, with it errors fade as well
-    exact = wy.exact_dtype(K)
-    x = x._replace(A=decayed_scores(Q, K, f), L=decayed_scores(K, K, f, exact).tril(-1))
+    A, L = decayed_scores(Q, K, f, wy.exact_dtype(K))  # (5.7)
+    x = x._replace(A=A, L=L)
     O, last, kept = wy.forward(x, S.flatten(0, 1), scale)  # (5.8), (5.9)
     return Output(wy.tokens(O, v), last.view(S.shape)), kept
 

@@ -114,10 +114,11 @@ def gated_chunkwise_backward(
     dO = scale * wy.chunks(do.to(dstate.dtype), chunk_size)
     d, dS0 = wy.backward(x, kept, dO, dstate.flatten(0, 1))  # (5.15) to (5.18)
     dQ, dK, dlevels = decayed_scores_backward(d.dA, d.dL, Q, K, f)
-    C = chunk_size
-    dQ = dQ + d.dQ * f.from_start[..., :C, :]
-    dK = dK + d.dK * f.from_start[..., :C, :] + d.dW * f.to_end[..., :C, :]
-    by_gate = [x.Q * d.dQ + x.K * d.dK, x.W * d.dW, (f.whole * d.dfade).mT]  # exponent times its gradient
+    from_start, to_end = f.from_start[..., :chunk_size, :], f.to_end[..., :chunk_size, :]
+    dQ.addcmul_(d.dQ, from_start)
+    dK.addcmul_(d.dK, from_start).addcmul_(d.dW, to_end)
+    # every exponent's gradient is its factor times the factor's gradient
+    by_gate = [torch.addcmul(x.Q * d.dQ, x.K, d.dK), x.W * d.dW, (f.whole * d.dfade).mT]
     if x.fade.shape[-2] == 1:  # one gate a head: it is in every channel's exponent
         by_gate = [z.sum(-1, keepdim=True) for z in by_gate]
     dupto, dafter, dtotal = by_gate
