@@ -48,7 +48,9 @@ def state_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def state_like(q: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> tuple[tuple[int, ...], torch.dtype]:
+def state_like(
+    q: Tensor, v: Tensor, cu_seqlens: Tensor | None
+) -> tuple[tuple[int, ...], torch.dtype]:
     """Shape [N, H, K, V] and dtype of the states of a call."""
     N = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     return (N, q.shape[2], q.shape[3], v.shape[3]), state_dtype(q.dtype)

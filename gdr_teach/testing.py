@@ -13,6 +13,7 @@ from torch.nn.functional import normalize
 from .notation import Output, state_dtype
 
 KEYS = ("unit", "identical", "cos0.9", "orthonormal", "zero")
+HARD = (("unit", None), ("cos0.9", 1.0), ("cos0.9", 2.0), ("identical", 1.0), ("identical", 2.0))
 DECAYS = (0.0, -0.6065, -5.0, -20.0, -1e4, float("-inf"))
 
 
@@ -240,6 +241,38 @@ def assert_rows_close(
     worst, row = _excess(got.detach().double(), exact, allowed, norm)
     where = "the whole tensor" if norm == "tensor" else f"row {row}"
     assert worst <= 1, f"{name}: {where} errs {worst:.3g} times the allowed error (rtol {rtol:.1e})"
+
+
+def assert_near_token_loop(
+    op: Any, x: Any, *, keys: str, beta: float | None, device: str = "cpu", **way
+) -> None:
+    """Assert that a call of `op` by chunks stays near the float64 token loop: values, and all gradients of random ones.
+
+    The budget, of a tensor's length: 1e-5 in float32, 1e-2 in float16 and bfloat16, 2e-2 there for keys of cosine 0.9, and
+    1e-1 for dbeta at identical keys or beta = 2 (an exact inverse gives 6.6e-2). dlog_decay in half precision is held
+    to 2e-2 of the length of q * dq, whose sums it is.
+    Args: x as from `delta_inputs` or `gated_inputs`; device: where the call is made; way: mode, backend, min_log_decay.
+    """
+    exact = type(x)(*(y.double() for y in x))
+    do, dstate = torch.randn_like(exact.v), torch.randn_like(exact.initial_state)
+    loop = {"backend": "torch", "mode": "recurrent"}
+    want = op(*exact[:-1], initial_state=exact.initial_state, **loop)
+    wants = gradients(op, exact, do, dstate, **loop)
+    far = type(x)(*(y.to(device) for y in x))
+    got = op(*far[:-1], initial_state=far.initial_state, **way)
+    found = gradients(op, far, do.to(device), dstate.to(device), **way)
+    rtol = 1e-5 if x.q.dtype == torch.float32 else 2e-2 if keys == "cos0.9" else 1e-2
+    names = ("o", "state", *(f"d{name}" for name in x._fields))
+    for name, *pair in zip(names, (*got, *found), (*want, *wants), strict=True):
+        g, w = (as_rows(y.cpu()) for y in pair)
+        limit = rtol
+        if name == "dbeta" and (keys == "identical" or beta == 2.0):
+            limit = 1e-1
+        if name == "dlog_decay" and rtol > 1e-5:
+            beside = (exact.q * wants.q).flatten()  # the scale that its error is measured by
+            g, w = (torch.cat([y.double().flatten(), beside]) for y in (g, w))
+            limit = 2e-2
+        assert_rows_close(g, w, rtol=limit, norm="tensor", name=name)
 
 
 def row_error(got: Tensor, want: Tensor) -> Tensor:

@@ -155,7 +155,9 @@ def grads_tied_kernel(
         )
         tl.store(p_dk + row * K + o_tk, b_dk.to(p_dk.dtype.element_ty), mask=m_tk)
         if p_g is not None:
-            b_rest = tl.sum(tl.where(i == 0, 0.0, b_g.to(ACC)), axis=0)  # S has faded by the first gate already
+            b_rest = tl.sum(
+                tl.where(i == 0, 0.0, b_g.to(ACC)), axis=0
+            )  # S has faded by the first gate already
             b_dg += b_dg_k + (b_fade * tl.exp(b_rest))[None, :]  # every token fades S
             tl.store(p_dg + row * K + o_tk, b_dg.to(p_dg.dtype.element_ty), mask=m_tk)
         # (6.20): dividing is what loses fewer digits, where there is something to divide by
@@ -188,7 +190,7 @@ def query_side(
         b_dq *= tl.exp(gate_sums((j > 0) & (j <= i), b_g, DOT, PREC, ACC))
         # the same truths transposed, and the first gate, which fade_1 holds
         b_dg = gate_gradient(i <= j, b_q.to(ACC) * b_dq, DOT, PREC, ACC)
-        for n in range(0, LEVELS):
+        for n in range(LEVELS):
             block = C >> n
             b_e = tl.exp(gate_sums(level_gates(i, j, block), b_g, DOT, PREC, ACC))  # [C, BK]
             b_d = tl.where(level_pairs(i, j, block), b_dA, 0.0)
@@ -239,7 +241,7 @@ def key_side(
     b_dk += b_beta[:, None] * b_y
     if b_g is not None:
         b_dg += gate_gradient(i > j, b_beta[:, None] * b_z, DOT, PREC, ACC)
-        for n in range(0, LEVELS):
+        for n in range(LEVELS):
             # second halves are rows, first halves columns, which beta scales
             block = C >> n
             b_e = tl.exp(gate_sums(level_gates(i, j, block), b_g, DOT, PREC, ACC))  # [C, BK]

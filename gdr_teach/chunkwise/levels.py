@@ -27,7 +27,9 @@ from torch.nn.functional import pad
 class Factors(NamedTuple):
     """exp of the local sums of a chunk's gates [..., C, G], C a power of two."""
 
-    levels: list[tuple[Tensor, Tensor]]  # for h = 1, 2, 4, ...: to_cut and from_cut, [..., C / 2h, h, G]
+    levels: list[
+        tuple[Tensor, Tensor]
+    ]  # for h = 1, 2, 4, ...: to_cut and from_cut, [..., C / 2h, h, G]
     from_start: Tensor  # [..., C, G] exp(g_(start, i])
     to_end: Tensor  # [..., C, G] exp(g_(j, end])
     whole: Tensor  # [..., G, 1] exp(g_(start, end])

@@ -113,7 +113,7 @@ def decayed_scores(
 ):
     """(6.10) and (6.11) from BK channels, added to b_A and b_L [C, C]; what lies above the diagonal is not meant."""
     i, j = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
-    for n in range(0, LEVELS):
+    for n in range(LEVELS):
         block = C >> n
         b_e = tl.exp(gate_sums(level_gates(i, j, block), b_g, DOT, PREC, ACC))  # [C, BK]
         b_ke = scaled(b_k, b_e, DOT, ACC)

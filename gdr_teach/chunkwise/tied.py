@@ -81,7 +81,9 @@ class TiedCall:
         self.INVERSE = tl.float16 if q.dtype in half else self.EXACT
 
     def empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-        return new_empty(shape, dtype=self.q.dtype if dtype is None else dtype, device=self.q.device)
+        return new_empty(
+            shape, dtype=self.q.dtype if dtype is None else dtype, device=self.q.device
+        )
 
     def prepare(self) -> Prepared:
         B, T, H = self.beta.shape
@@ -102,7 +104,9 @@ class TiedCall:
             sizes = (T, H, self.N, self.K, self.G, tile.BK, self.C, *self.levels)
             DOT = self.DOT if self.INVERSE == tl.float16 else self.EXACT
             kinds = (DOT, self.INVERSE, self.PREC, self.SAFE, self.EXACT)
-            prepare_tied_kernel[grid](*arrays, *sizes, *kinds, num_warps=tile.warps, num_stages=tile.stages)
+            prepare_tied_kernel[grid](
+                *arrays, *sizes, *kinds, num_warps=tile.warps, num_stages=tile.stages
+            )
         return out
 
     def _walk(self, tile) -> tuple[tuple[int], tuple, dict]:
@@ -123,14 +127,37 @@ class TiedCall:
         grid, sizes, options = self._walk(self.tiles.scan)
         if grid[0]:
             qkk, decayed = self._operands(x)
-            arrays = (*qkk, self.v, self.beta, *x.X.unbind(0), *decayed, self.S0, self.cu, o, R, starts, state)
+            arrays = (
+                *qkk,
+                self.v,
+                self.beta,
+                *x.X.unbind(0),
+                *decayed,
+                self.S0,
+                self.cu,
+                o,
+                R,
+                starts,
+                state,
+            )
             scan_tied_kernel[grid](*arrays, *sizes, **options)
 
     def reverse_scan(self, x: Prepared, do, dstate, *, dP, ends, dstate0) -> None:
         grid, sizes, options = self._walk(self.tiles.reverse)
         if grid[0]:
             qkk, decayed = self._operands(x)
-            arrays = (*qkk, self.beta, *x.X.unbind(0), *decayed, self.cu, do, dstate, dP, ends, dstate0)
+            arrays = (
+                *qkk,
+                self.beta,
+                *x.X.unbind(0),
+                *decayed,
+                self.cu,
+                do,
+                dstate,
+                dP,
+                ends,
+                dstate0,
+            )
             reverse_scan_tied_kernel[grid](*arrays, *sizes, **options)
 
     def grads(self, do, R, dP, starts, ends) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
@@ -146,11 +173,28 @@ class TiedCall:
             dg = self.empty(*self.k.shape, dtype=kind)
         grid = (self.slots * self.H * NK,)
         if grid[0] and self.T:
-            arrays = (self.q, self.k, self.beta, self.g, self.cu, do, R, dP, starts, ends, dq, dk, dbeta, dg)
+            arrays = (
+                self.q,
+                self.k,
+                self.beta,
+                self.g,
+                self.cu,
+                do,
+                R,
+                dP,
+                starts,
+                ends,
+                dq,
+                dk,
+                dbeta,
+                dg,
+            )
             sizes = (self.beta.numel(), self.scale, self.T, self.H, self.N, self.K, self.V, self.G)
             sizes += (tile.BK, tile.BV, NK, self.C, *self.grads_levels)
             kinds = (self.DOT, self.PREC, self.ACC)
-            grads_tied_kernel[grid](*arrays, *sizes, *kinds, num_warps=tile.warps, num_stages=tile.stages)
+            grads_tied_kernel[grid](
+                *arrays, *sizes, *kinds, num_warps=tile.warps, num_stages=tile.stages
+            )
         dbeta = dbeta[0] if NK == 1 else dbeta.sum(0).to(self.beta.dtype)
         if self.g is not None and self.g.dim() == 3:
             dg = dg.sum(-1).to(self.g.dtype)
@@ -170,7 +214,12 @@ class TiedCall:
         """
         x = self.prepare() if kept is None else kept
         do, dstate = do.contiguous(), None if dstate is None else dstate.contiguous()
-        per_chunk = (self.slots, self.H, self.V, self.K)  # in the inputs' dtype: they feed rounded products
+        per_chunk = (
+            self.slots,
+            self.H,
+            self.V,
+            self.K,
+        )  # in the inputs' dtype: they feed rounded products
         starts, ends, dv = (self.empty(*s) for s in (per_chunk, per_chunk, self.v.shape))
         # at beta = 2 and identical keys dq sums R over a chunk with alternating signs, and 8 digits are too few
         bf16 = self.q.dtype == torch.bfloat16

@@ -5,6 +5,7 @@ Found by compiling every choice (`make compile-check` prints what each asks for)
 Needs torch alone, so that `explain` works without triton.
 """
 
+from math import log
 from typing import NamedTuple
 
 import torch
@@ -67,11 +68,12 @@ def width(n: int, target: str) -> int:
 def levels(dtype: torch.dtype, C: int, bound: float | None) -> tuple[int, float]:
     """LEVELS and FLOOR of `chunkwise.decay`: halvings down to blocks whose first token is the reference; their gates' floor.
 
-    A factor in such a block lies between exp(-reach / 2) and exp(reach / 2). bfloat16 has room for exp(60): without a
+    A factor in such a block lies between exp(-reach / 2) and exp(reach / 2), and without decay it is exp(reach / 2): a power
+    of two, which rounds nothing. bfloat16 has room for 2^86: without a
     promise (bound) its blocks have 8 tokens, and gates below -17 count as -17, 4e-8 in place of less. float16 has room for
-    exp(3) before digits go, and float32 and float64 want every digit: blocks of 1.
+    2^4 before digits go, and float32 and float64 want every digit: blocks of 1.
     """
-    reach = {torch.bfloat16: 120.0, torch.float16: 6.0}.get(dtype, 0.0)
+    reach = {torch.bfloat16: 172 * log(2), torch.float16: 8 * log(2)}.get(dtype, 0.0)
     block = 8 if dtype == torch.bfloat16 else 1
     if bound is not None and reach:
         while 2 * block <= C and (2 * block - 1) * -bound <= reach:

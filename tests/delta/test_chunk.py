@@ -9,16 +9,26 @@ pytest.importorskip("triton")
 import triton.language as tl
 
 from gdr_teach import delta_rule
-from gdr_teach.aot import SHARED_LIMIT, compile_launch
+from gdr_teach.aot import SHARED_LIMIT, SPILL_BUDGET, compile_launch
 from gdr_teach.chunkwise.place import chunk_place
 from gdr_teach.chunkwise.triangular import guarded_inverse, unit_lower_inverse
+from gdr_teach.delta.chunk import call as delta_chunk_call
 from gdr_teach.delta.chunk import delta_chunk, delta_chunk_backward
 from gdr_teach.delta.reference import delta_recurrence
 from gdr_teach.runtime import kernel, poisoned, recorded
 from gdr_teach.sanitizer import sanitize
-from gdr_teach.testing import Inputs, as_rows, assert_rows_close, delta_inputs, gradients
+from gdr_teach.testing import (
+    HARD,
+    Inputs,
+    as_rows,
+    assert_near_token_loop,
+    assert_rows_close,
+    delta_inputs,
+    gradients,
+)
 
 NAMES = ("dq", "dk", "dv", "dbeta", "dstate0")
+STAGES = ["prepare", "scan", "states", "reverse_scan", "grads"]
 
 
 def run(x: Inputs, cu=None, C: int = 64):
@@ -63,42 +73,20 @@ def test_every_element_is_written_and_nothing_else_is_touched(shape):
     assert all(torch.equal(g, w) for g, w in zip(got, want, strict=True))
 
 
-# The design's budget: 1e-2, 2e-2 for cos 0.9 keys, 1e-1 for dbeta at identical keys or beta = 2. float16 keeps it;
-# bfloat16 does not at identical keys, where S and U are rounded to 8 digits (docs/log.md): this holds what it reaches.
-BUDGET = {
-    "unit, 1": ("unit", 1.0, 1e-2, 1e-2),
-    "cos 0.9, 1": ("cos0.9", 1.0, 2e-2, 2e-2),
-    "cos 0.9, 2": ("cos0.9", 2.0, 2e-2, 1e-1),
-    "identical, 1": ("identical", 1.0, {torch.float16: 1e-2, torch.bfloat16: 3e-2}, 1e-1),
-    "identical, 2": ("identical", 2.0, {torch.float16: 1e-2, torch.bfloat16: 1e-1}, 1e-1),
-}
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("case", BUDGET)
-def test_half_precision_stays_near_the_token_loop(dtype, case):
-    keys, beta, rtol, rtol_beta = BUDGET[case]
-    rtol = rtol[dtype] if isinstance(rtol, dict) else rtol
-    x = delta_inputs(1, 200, 1, 64, 64, dtype=dtype, keys=keys, beta=beta)
-    exact = Inputs(*(y.double() for y in x))
-    do, dstate = torch.randn_like(exact.v), torch.randn_like(exact.initial_state)
-    way = {"backend": "triton", "mode": "chunk"}
-    want = delta_recurrence(*exact[:4], initial_state=exact.initial_state)
-    got = delta_rule(*x[:4], initial_state=x.initial_state, **way)
-    wants = gradients(delta_rule, exact, do, dstate, mode="recurrent")
-    found = gradients(delta_rule, x, do, dstate, **way)
-    for name, g, w in zip(("o", "state", *NAMES), (*got, *found), (*want, *wants), strict=True):
-        limit = rtol_beta if name == "dbeta" else rtol
-        assert_rows_close(as_rows(g), as_rows(w), rtol=limit, norm="tensor", name=name)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize(("keys", "beta"), HARD)
+def test_stays_near_the_token_loop(dtype, keys, beta):
+    x = delta_inputs(
+        1, 130 if dtype == torch.float32 else 200, 1, 64, 64, dtype=dtype, keys=keys, beta=beta
+    )
+    assert_near_token_loop(delta_rule, x, keys=keys, beta=beta, backend="triton", mode="chunk")
 
 
 @kernel
-def inverse_kernel(
-    p_A, p_X, C: tl.constexpr, DOT: tl.constexpr, ACC: tl.constexpr, REFINE: tl.constexpr
-):
+def inverse_kernel(p_A, p_X, C: tl.constexpr, DOT: tl.constexpr, ACC: tl.constexpr):
     """X = (I + A)^-1."""
     i = tl.arange(0, C)[:, None] * C + tl.arange(0, C)[None, :]
-    tl.store(p_X + i, guarded_inverse(tl.load(p_A + i), C, DOT, "ieee", ACC, "ieee", REFINE))
+    tl.store(p_X + i, guarded_inverse(tl.load(p_A + i), C, DOT, "ieee", ACC, "ieee"))
 
 
 @kernel
@@ -112,7 +100,7 @@ def unguarded_kernel(p_A, p_X, C: tl.constexpr, DOT: tl.constexpr, ACC: tl.const
 def test_inverse(C):
     A = 0.3 * torch.randn(C, C, dtype=torch.float64).tril(-1)
     X = torch.zeros_like(A)
-    inverse_kernel[(1,)](A, X, C, tl.float64, tl.float64, False)
+    inverse_kernel[(1,)](A, X, C, tl.float64, tl.float64)
     want = torch.linalg.inv(torch.eye(C, dtype=torch.float64) + A)
     assert_rows_close(X[None], want[None], rtol=1e-10)
 
@@ -124,9 +112,9 @@ def test_refining_gives_the_digits_back(cosine, beta):
     A = (beta * k @ k.T).tril(-1)
     want = torch.linalg.inv(torch.eye(64, dtype=torch.float64) + A.double())
     error = []
-    for refine in (False, True):
+    for inverse in (unguarded_kernel, inverse_kernel):
         X = torch.zeros_like(A)
-        inverse_kernel[(1,)](A, X, 64, tl.float16, tl.float32, refine)
+        inverse[(1,)](A, X, 64, tl.float16, tl.float32)
         error.append(((X - want).norm() / want.norm()).item())
     assert error[0] > 4e-5  # or there would be nothing to refine
     assert error[1] < error[0] / 10
@@ -140,7 +128,7 @@ def test_the_guard_catches_what_fp16_cannot_hold():
     X = torch.zeros_like(A)
     unguarded_kernel[(1,)](A, X, 64, tl.float16, tl.float32)
     assert not X.isfinite().all()
-    inverse_kernel[(1,)](A, X, 64, tl.float16, tl.float32, True)
+    inverse_kernel[(1,)](A, X, 64, tl.float16, tl.float32)
     assert_rows_close(X[None], want[None], rtol=1e-4, norm="tensor")
 
 
@@ -164,15 +152,23 @@ def test_chunk_slots_cover_every_token_once():
         assert sorted(seen) == list(range(sum(lengths)))
 
 
-@pytest.mark.parametrize("stage", ["prepare", "scan", "states", "reverse_scan", "grads"])
-def test_compiles_for_hopper_without_spilling(stage):
+@pytest.mark.parametrize("stage", STAGES)
+def test_compiles_for_hopper(stage):
     """K = V = 64 in bfloat16, the size that was tuned; `make compile-check` has the others."""
     x = delta_inputs(1, 64, 2, 64, 64, dtype=torch.bfloat16)
-    with recorded() as launches:
-        run(x)
+    with recorded("sm_90") as launches:
+        forward, backward = call(x), call(x)
+        kept = forward.forward()[2]
+        backward.backward(torch.ones_like(x.v), torch.ones_like(x.initial_state), kept)
     names = [launch.kernel.__name__.removesuffix("_tied_kernel") for launch in launches]
-    assert names == ["prepare", "scan", "prepare", "scan", "reverse_scan", "grads"]
-    names[3] = "states"  # the scan once more, for the states and U
-    report = compile_launch(launches[names.index(stage)], "sm_90")
-    assert report.spilled == 0, report
+    assert names == ["prepare", "scan", "scan", "reverse_scan", "grads"]
+    report = compile_launch(launches[STAGES.index(stage)], "sm_90")
+    assert report.spilled <= SPILL_BUDGET["sm_90"], report
+    assert report.tensor_core > 0
     assert report.shared <= SHARED_LIMIT["sm_90"] // 2, f"not two programs at a time: {report}"
+
+
+def call(x: Inputs):
+    """The launches of one call."""
+    options = {"initial_state": x.initial_state, "cu_seqlens": None, "scale": None}
+    return delta_chunk_call(*x[:4], **options)

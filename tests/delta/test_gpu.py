@@ -5,7 +5,14 @@ import torch
 
 from gdr_teach import delta_rule, explain, value_checks
 from gdr_teach.delta.reference import delta_recurrence
-from gdr_teach.testing import Inputs, assert_rows_close, delta_inputs, gradients
+from gdr_teach.testing import (
+    HARD,
+    Inputs,
+    assert_near_token_loop,
+    assert_rows_close,
+    delta_inputs,
+    gradients,
+)
 
 pytestmark = pytest.mark.gpu
 NAMES = ("dq", "dk", "dv", "dbeta", "dstate0")
@@ -36,13 +43,14 @@ def test_rounds_no_more_than_pytorch(dtype, keys, beta, shape):
     want = delta_recurrence(*exact[:4], initial_state=exact.initial_state)
     plain = delta_recurrence(*x[:4], initial_state=x.initial_state)
     far = on_gpu(x)
-    assert explain(delta_rule, *far[:4]).backend == "triton"
-    got = delta_rule(*far[:4], initial_state=far.initial_state)
+    way = {"backend": "triton", "mode": "recurrent"}
+    assert explain(delta_rule, *far[:4], mode="recurrent").backend == "triton"
+    got = delta_rule(*far[:4], initial_state=far.initial_state, **way)
     assert_rows_close(got.o.cpu(), want.o, rtol=1e-6, rounded=plain.o, name="o")
     assert_rows_close(got.state.cpu(), want.state, rtol=1e-6, rounded=plain.state, name="state")
     wants = gradients(delta_rule, exact, do, dstate, backend="torch", mode="recurrent")
     plain = gradients(delta_rule, x, do, dstate, backend="torch", mode="recurrent")
-    found = gradients(delta_rule, far, do.cuda(), dstate.cuda())
+    found = gradients(delta_rule, far, do.cuda(), dstate.cuda(), **way)
     for name, g, p, w in zip(NAMES, found, plain, wants, strict=True):
         assert_rows_close(rows(g), rows(w), rtol=1e-6, rounded=rows(p), name=name)
 
@@ -50,43 +58,40 @@ def test_rounds_no_more_than_pytorch(dtype, keys, beta, shape):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("where", ["cpu", "cuda"])
 def test_packed_documents_equal_a_loop_over_them(dtype, where):
-    ends = [0, 7, 7, 8, 40]
+    ends, way = [0, 7, 7, 8, 40], {"mode": "recurrent"}
     x = on_gpu(delta_inputs(1, 40, 2, 64, 32, N=4, dtype=dtype))
     cu = torch.tensor(ends, device=where)
-    got = delta_rule(*x[:4], initial_state=x.initial_state, cu_seqlens=cu)
+    got = delta_rule(*x[:4], initial_state=x.initial_state, cu_seqlens=cu, **way)
     for n in range(4):
-        own = slice(ends[n], ends[n + 1])
-        want = delta_rule(*(y[:, own] for y in x[:4]), initial_state=x.initial_state[n : n + 1])
+        own, start = slice(ends[n], ends[n + 1]), x.initial_state[n : n + 1]
+        want = delta_rule(*(y[:, own] for y in x[:4]), initial_state=start, **way)
         assert torch.equal(got.o[:, own], want.o)
         assert torch.equal(got.state[n : n + 1], want.state)
 
 
-# as in test_chunk.py, for the sizes that compile
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize(
-    ("keys", "beta", "rtol"),
-    [("unit", None, 1e-2), ("cos0.9", 1.0, 2e-2), ("identical", 1.0, 3e-2)],
-)
-@pytest.mark.parametrize(
-    "shape",
-    [(2, 200, 2, 64, 64), (1, 130, 3, 100, 40), (1, 200, 1, 128, 128), (1, 1, 1, 16, 16)],
-    ids=str,
-)
-def test_chunk_kernels_stay_near_the_token_loop(dtype, keys, beta, rtol, shape):
+WIDTHS = [
+    (2, 200, 2, 64, 64),
+    (1, 130, 3, 100, 40),
+    (1, 200, 1, 128, 128),
+    (1, 70, 1, 256, 256),
+    (1, 1, 1, 16, 16),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("keys", "beta"), [*HARD, ("unit", 0.0)])
+@pytest.mark.parametrize("shape", WIDTHS, ids=str)
+def test_chunk_kernels_stay_near_the_token_loop(dtype, keys, beta, shape):
     x = delta_inputs(*shape, dtype=dtype, keys=keys, beta=beta)
-    exact = Inputs(*(y.double() for y in x))
-    do, dstate = torch.randn_like(exact.v), torch.randn_like(exact.initial_state)
-    want = delta_recurrence(*exact[:4], initial_state=exact.initial_state)
-    wants = gradients(delta_rule, exact, do, dstate, mode="recurrent")
-    far, way = on_gpu(x), {"backend": "triton", "mode": "chunk"}
-    got = delta_rule(*far[:4], initial_state=far.initial_state, **way)
-    found = gradients(delta_rule, far, do.cuda(), dstate.cuda(), **way)
-    again = gradients(delta_rule, far, do.cuda(), dstate.cuda(), **way)
-    assert all(torch.equal(a, b) for a, b in zip(found, again, strict=True))
-    for name, g, w in zip(("o", "state", *NAMES), (*got, *found), (*want, *wants), strict=True):
-        assert_rows_close(
-            rows(g), w[..., None] if w.dim() == 3 else w, rtol=rtol, norm="tensor", name=name
-        )
+    way = {"backend": "triton", "mode": "chunk"}
+    assert_near_token_loop(delta_rule, x, keys=keys, beta=beta, device="cuda", **way)
+
+
+def test_auto_takes_the_chunk_kernels():
+    x = on_gpu(delta_inputs(1, 300, 2, 64, 64, dtype=torch.bfloat16))
+    assert tuple(explain(delta_rule, *x[:4])) == ("triton", "chunk", 64, 1, 2)
+    assert explain(delta_rule, *(y.float() for y in x[:4])).mode == "recurrent"
+    assert explain(delta_rule, *(y[:, :16] for y in x[:4])).mode == "recurrent"
 
 
 def test_chunk_kernels_on_packed_documents():
@@ -109,12 +114,13 @@ def test_values_are_looked_at_when_asked():
         delta_rule(*x[:4], cu_seqlens=torch.tensor([0, 7, 5]).cuda())
 
 
-def test_a_hundred_runs_have_equal_bits():
-    x = on_gpu(delta_inputs(4, 70, 8, 64, 64, dtype=torch.bfloat16))
+@pytest.mark.parametrize("mode", ["recurrent", "chunk"])
+def test_a_hundred_runs_have_equal_bits(mode):
+    x = on_gpu(delta_inputs(4, 130, 8, 64, 64, dtype=torch.bfloat16))
     do, dstate = torch.randn_like(x.v), torch.randn_like(x.initial_state)
-    first = gradients(delta_rule, x, do, dstate)
+    first = gradients(delta_rule, x, do, dstate, mode=mode)
     for _ in range(100):
-        again = gradients(delta_rule, x, do, dstate)
+        again = gradients(delta_rule, x, do, dstate, mode=mode)
         assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
 
 

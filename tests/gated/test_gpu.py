@@ -11,7 +11,13 @@ from gdr_teach import (
     value_checks,
 )
 from gdr_teach.gated.reference import gated_recurrence
-from gdr_teach.testing import DECAYS, assert_rows_close, gated_inputs, gradients
+from gdr_teach.testing import (
+    DECAYS,
+    assert_near_token_loop,
+    assert_rows_close,
+    gated_inputs,
+    gradients,
+)
 
 pytestmark = pytest.mark.gpu
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
@@ -51,6 +57,34 @@ def test_rounds_no_more_than_pytorch(dtype, gate, per, shape):
         assert_rows_close(g, w, rtol=1e-6, rounded=p, name=f"d{name}")
 
 
+WIDTHS = [
+    (2, 130, 2, 64, 64),
+    (1, 70, 3, 100, 40),
+    (1, 130, 1, 128, 128),
+    (1, 70, 1, 256, 256),
+    (1, 1, 1, 16, 16),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("gate", [None, "mixed", *DECAYS], ids=str)
+@pytest.mark.parametrize("per", ["head", "channel"])
+@pytest.mark.parametrize("shape", WIDTHS, ids=str)
+def test_chunk_kernels_stay_near_the_token_loop(dtype, gate, per, shape):
+    keys, beta = {0.0: ("identical", 2.0), "mixed": ("identical", 2.0)}.get(gate, ("cos0.9", 1.0))
+    x = gated_inputs(*shape, dtype=dtype, keys=keys, beta=beta, per=per, log_decay=gate)
+    x = x._replace(log_decay=x.log_decay.float()) if dtype == torch.float16 else x
+    way = {"backend": "triton", "mode": "chunk"}
+    assert_near_token_loop(gated_delta_rule, x, keys=keys, beta=beta, device="cuda", **way)
+
+
+@pytest.mark.parametrize("gate", [-0.6065, -5.0])
+def test_a_promise_changes_no_more_than_rounding(gate):
+    x = gated_inputs(2, 130, 2, 64, 64, dtype=torch.bfloat16, log_decay=gate)
+    way = {"backend": "triton", "mode": "chunk", "min_log_decay": gate}
+    assert_near_token_loop(gated_delta_rule, x, keys="unit", beta=None, device="cuda", **way)
+
+
 @pytest.mark.parametrize("T", [1, 16, 300])
 def test_auto_takes_the_kernel(T):
     x = on_gpu(gated_inputs(1, T, 2, 64, 64, dtype=torch.bfloat16))
@@ -69,11 +103,12 @@ def test_long_sequences_in_segments():
         assert_rows_close(g.cpu(), w, rtol=1e-4, norm="tensor", name=f"d{name}")
 
 
+@pytest.mark.parametrize("mode", ["recurrent", "chunk"])
 @pytest.mark.parametrize("per", ["head", "channel"])
-def test_a_hundred_runs_have_equal_bits(per):
+def test_a_hundred_runs_have_equal_bits(per, mode):
     x = on_gpu(gated_inputs(4, 70, 8, 64, 64, dtype=torch.bfloat16, per=per))
     do, dstate = torch.randn_like(x.v), torch.randn_like(x.initial_state)
-    options = {"backend": "triton", "mode": "recurrent"}
+    options = {"backend": "triton", "mode": mode}
     first = gradients(gated_delta_rule, x, do, dstate, **options)
     for _ in range(100):
         again = gradients(gated_delta_rule, x, do, dstate, **options)
@@ -81,10 +116,11 @@ def test_a_hundred_runs_have_equal_bits(per):
 
 
 @pytest.mark.parametrize("where", ["cpu", "cuda"])
-def test_packed_documents_equal_a_loop_over_them(where):
-    ends = [0, 7, 7, 8, 40]
-    x = on_gpu(gated_inputs(1, 40, 2, 64, 32, N=4, dtype=torch.bfloat16))
-    options = {"backend": "triton", "mode": "recurrent"}
+@pytest.mark.parametrize("mode", ["recurrent", "chunk"])
+def test_packed_documents_equal_a_loop_over_them(where, mode):
+    ends = [0, 7, 7, 8, 90]
+    x = on_gpu(gated_inputs(1, 90, 2, 64, 32, N=4, dtype=torch.bfloat16))
+    options = {"backend": "triton", "mode": mode}
     cu = torch.tensor(ends, device=where)
     got = gated_delta_rule(*x[:-1], initial_state=x.initial_state, cu_seqlens=cu, **options)
     for n in range(4):
