@@ -26,7 +26,7 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 SHARED_LIMIT = {"sm_80": 166_912, "sm_90": 232_448, "gfx942": 65_536}  # bytes a program may have
-# bytes a thread may spill: 64 registers' worth, which stay in the first cache. Over it and known: tools/compile_check.py
+# bytes a thread may spill: 64 registers' worth, which stay in the first cache; exceptions: tools/compile_check.py
 SPILL_BUDGET = {"sm_80": 256, "sm_90": 256, "gfx942": 256}
 POINTER = {
     torch.bfloat16: "*bf16",

@@ -248,11 +248,11 @@ def assert_near_token_loop(
 ) -> None:
     """Assert that a call of `op` by chunks stays near the float64 token loop: values, and all gradients of random ones.
 
-    The budget, of a tensor's length: 1e-5 in float32, 1e-2 in float16 and bfloat16, 2e-2 there for keys of cosine 0.9.
-    dbeta at identical keys or beta = 2 gets more, 1e-4 and 3e-2: it is what is left of larger sums (an exact inverse
-    rounded to bfloat16 gives 6.6e-2). dlog_decay in half precision is held to 2e-2 of the length of q * dq beside its own, whose
-    sums it is, and to 1e-1 where keys are identical and beta = 2: one decay a head gets k . dk, and dk is nearly
-    orthogonal to k there.
+    The budget, of a tensor's length: 1e-5 in float32, 1e-2 in float16 and bfloat16, 2e-2 there for keys of cosine
+    0.9. dbeta at identical keys or beta = 2 gets more, 1e-4 and 3e-2: it is what is left of larger sums (an exact
+    inverse rounded to bfloat16 gives 6.6e-2). dlog_decay in half precision is held to 2e-2 of the length of q * dq
+    beside its own, whose sums it is, and to 1e-1 where keys are identical and beta = 2: one decay a head gets
+    k . dk, and dk is nearly orthogonal to k there.
     Args: x as from `delta_inputs` or `gated_inputs`; device: where the call is made; way: mode, backend, min_log_decay.
     """
     exact = type(x)(*(y.double() for y in x))

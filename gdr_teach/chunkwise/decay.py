@@ -5,16 +5,16 @@ if the exponent splits at a point between them,
 
     g_(j, i] = g_(j, cut] + g_(cut, i]        both <= 0, each summed from the cut                    (5.19)
 
-so pairs are sorted by halving (wy.py has the same in PyTorch): in each block of C, C / 2, ... tokens the second half
-reads what the first half wrote. A token is a row or a column of a level, never both, and one tile of
-exponents serves rows and columns. After LEVELS halvings blocks of BASE = C >> LEVELS tokens are left. There the cut is the
-block's first token: a row has g_(first, i] + SHIFT, a column -g_(first, j] - SHIFT, and BASE says how far from zero that may
-go. The shift is a constant, so a token's scores still depend on nothing later, bit for bit. BASE = 1 is exact for any
-decay; without decay LEVELS = 0 and all exponents are zero. The levels are a loop that stays one: unrolled, the
-tiles of all of them would want registers at once.
+so pairs are sorted by halving (levels.py has the same in PyTorch): in each block of C, C / 2, ... tokens the second
+half reads what the first half wrote. A token is a row or a column of a level, never both, and one tile of exponents
+serves rows and columns. After LEVELS halvings blocks of BASE = C >> LEVELS tokens are left. There the cut is the
+block's first token: a row has g_(first, i] + SHIFT, a column -g_(first, j] - SHIFT, and BASE says how far from zero
+that may go. The shift is a constant, so a token's scores still depend on nothing later, bit for bit. BASE = 1 is
+exact for any decay; without decay LEVELS = 0 and all exponents are zero. The levels are a loop that stays one:
+unrolled, the tiles of all of them would want registers at once.
 
-Every sum is a product with a matrix of zeros and ones. Sums along an axis would go through shared memory thread by thread,
-and differences of longer sums would lose every digit where a gate is strong.
+Every sum is a product with a matrix of zeros and ones. Sums along an axis would go through shared memory thread by
+thread, and differences of longer sums would lose every digit where a gate is strong.
 """
 
 # pyright: reportArgumentType=false
@@ -48,8 +48,8 @@ def base_gates(i, t, BASE: tl.constexpr):
 def gate_sums(m_M, b_g, DOT: tl.constexpr, PREC: tl.constexpr, ACC: tl.constexpr):
     """M g for a matrix M [C, C] of truths and b_g [C, BK] in ACC or bfloat16.
 
-    In half precision g enters as high + low, 2^-17 of an exponent x being at most 2^-17 |x| exp(x) < 3e-6 of a factor, or
-    as it is where it was given in bfloat16.
+    In half precision g enters as high + low, where 2^-17 of an exponent x is at most 2^-17 |x| exp(x) < 3e-6 of a
+    factor, or as it is where it was given in bfloat16.
     """
     if b_g.dtype == tl.bfloat16:
         b_M = tl.where(m_M, 1.0, 0.0).to(tl.bfloat16)

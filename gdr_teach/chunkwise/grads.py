@@ -1,7 +1,7 @@
 """Last stage of the backward, all chunks at once: from the states and their gradients to those of q, k, beta and g.
 
-S is the state before the chunk times fade_1, D the gradient of the state after it, both from the walks of `scan`, as are R and dP.
-With dA' and dL' the gradients of the scores as if every beta were 1, and U = beta * R:
+S is the state before the chunk times fade_1, D the gradient of the state after it, both from the walks of `scan`, as
+are R and dP. With dA' and dL' the gradients of the scores as if every beta were 1, and U = beta * R:
 
     dA' = scale * tril(dO R^T)      dL' = -tril_{-1}(dP R^T)      dA = dA' diag(beta)   dL = dL' diag(beta)    (6.15)
     dQ~ = scale * dO S^T            dK~ = -dP S^T                 dK^ = beta * R D^T                           (6.16)

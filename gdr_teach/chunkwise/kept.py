@@ -1,4 +1,4 @@
-"""What an operator's forward hands to its backward: five tensors whatever the way, since an operator's outputs are fixed.
+"""What an operator's forward hands to its backward: five tensors whatever the way, for an operator's outputs are fixed.
 
 By chunks in Triton they are `tied.Prepared`, in PyTorch `wy.Kept`; what is not there is an empty tensor. torch alone.
 """
@@ -8,13 +8,14 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-KEPT = 5
+Five = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
-def padded(kept: Iterable[Tensor | None], like: Tensor) -> list[Tensor]:
+def padded(kept: Iterable[Tensor | None], like: Tensor) -> Five:
     """Five tensors: those kept, then empty ones."""
     given = [like.new_empty(0) if x is None else x for x in kept]
-    return given + [like.new_empty(0) for _ in range(KEPT - len(given))]
+    first, second, third, fourth, fifth = given + [like.new_empty(0) for _ in range(5 - len(given))]
+    return first, second, third, fourth, fifth
 
 
 def kept_like(q: Tensor, v: Tensor, C: int) -> list[Tensor]:

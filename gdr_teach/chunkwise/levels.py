@@ -8,13 +8,13 @@ wrote, and the exponent has two parts on either side of the cut,
 
     g_(j, i] = g_(j, cut] + g_(cut, i]               both <= 0, both summed from the cut               (5.19)
 
-one for the row and one for the column: a matrix product. Pairs inside one half: the same again, down to one token. A gate
-is summed only where a pair really crosses it, so a token's scores depend on nothing later, bit for bit.
+one for the row and one for the column: a matrix product. Pairs inside one half: the same again, down to one token. A
+gate is summed only where a pair really crosses it, so a token's scores depend on nothing later, bit for bit.
 
-The sums of all levels come by doubling. In blocks of h tokens keep the sum up to each token (upto) and the sum after it
-(after); twice as long a block adds the first half's sum to the second half's upto, and the second half's to the first
-half's after. Turned around, from the largest block down, that is the gradient of g: no cumulative sum, and no difference
-of large numbers anywhere.
+The sums of all levels come by doubling. In blocks of h tokens keep the sum up to each token (upto) and the sum after
+it (after); twice as long a block adds the first half's sum to the second half's upto, and the second half's to the
+first half's after. Turned around, from the largest block down, that is the gradient of g: no cumulative sum, and no
+difference of large numbers anywhere.
 """
 
 from typing import NamedTuple
@@ -60,8 +60,9 @@ def factors(g: Tensor) -> Factors:
 def sums_backward(
     levels: list[tuple[Tensor, Tensor]], dupto: Tensor, dafter: Tensor, dtotal: Tensor
 ) -> Tensor:
-    """dg [..., C, G] from the gradients of every exponent of `factors`: to_cut and from_cut of each level, [..., C, G] of
-    from_start and to_end, [..., 1, G] of whole.
+    """dg [..., C, G] from the gradients of every exponent of `factors`.
+
+    Those of to_cut and from_cut at each level, [..., C, G] of from_start and to_end, [..., 1, G] of whole.
     """
     C = dupto.shape[-2]
     dupto, dafter = (to_power_of_two(x).clone() for x in (dupto, dafter))

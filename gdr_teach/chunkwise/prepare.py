@@ -5,11 +5,12 @@
     Q~ = exp(g_(1, i]) q         K~ = exp(g_(1, i]) k         K^ = exp(g_(j, end]) k                  (6.12)
     fade_1 = exp(g_1)            fade = exp(g_(1, end])
 
-The gate of the chunk's first token is kept apart from all others: the walk multiplies the state by it, in float32, and so
-the first token reads with a factor of 1, whatever float16 can hold. Without decay every factor is 1: X is all there is to do, and the walk forms A from q and k as they are (in float32, where a
-product is six and wants registers, A is formed here all the same). The T of
-(2.5) is diag(beta) X. X itself passes on, because what the memory gets wrong, R = X (V - K~ S), serves the backward
-better than U = beta R: the gradient of beta needs it where beta is 0.
+The gate of the chunk's first token is kept apart from all others: the walk multiplies the state by it, in float32,
+and so the first token reads with a factor of 1, whatever float16 can hold. Without decay every factor is 1: X is all
+there is to do, and the walk forms A from q and k as they are (in float32, where a product is six and wants
+registers, A is formed here all the same). The T of (2.5) is diag(beta) X. X itself passes on, because what the
+memory gets wrong, R = X (V - K~ S), serves the backward better than U = beta R: the gradient of beta needs it where
+beta is 0.
 """
 
 # pyright: reportArgumentType=false

@@ -119,7 +119,7 @@ class TiedCall:
     def _operands(self, x: Prepared) -> tuple:
         # Q~, K~, K^ and A, fade as the walks take them
         A = x.A if self.wants_A else None
-        if self.g is None:
+        if self.g is None or x.operands is None:
             return (self.q, self.k, None), (A, None)
         return x.operands.unbind(0), (A, x.fade)
 
@@ -196,7 +196,7 @@ class TiedCall:
                 *arrays, *sizes, *kinds, num_warps=tile.warps, num_stages=tile.stages
             )
         dbeta = dbeta[0] if NK == 1 else dbeta.sum(0).to(self.beta.dtype)
-        if self.g is not None and self.g.dim() == 3:
+        if dg is not None and self.g is not None and self.g.dim() == 3:
             dg = dg.sum(-1).to(self.g.dtype)
         return dq, dk, dbeta, dg
 

@@ -43,9 +43,9 @@ def target_of(device: torch.device) -> str:
 def tiles(target: str, dtype: torch.dtype, K: int, V: int, *, decay: bool) -> Tiles:
     """The tiles of one call; K and V up to 256.
 
-    C = 64 makes products of 64 x 64 x 64, which Hopper's tensor cores take from registers; with decay they would spill
-    thousands of bytes, and there and everywhere else C = 32 makes smaller ones. float32 wants C = 16: its error grows as
-    C squared where keys repeat, and a product is six.
+    C = 64 makes products of 64 x 64 x 64, which Hopper's tensor cores take from registers; with decay they would
+    spill thousands of bytes, and there and everywhere else C = 32 makes smaller ones. float32 wants C = 16: its
+    error grows as C squared where keys repeat, and a product is six.
     """
     BK, BV, half = width(K, target), width(V, target), dtype in (torch.float16, torch.bfloat16)
     wide = BK > 128  # then the state alone takes half of the registers
@@ -66,12 +66,12 @@ def width(n: int, target: str) -> int:
 
 
 def levels(dtype: torch.dtype, C: int, bound: float | None) -> tuple[int, float]:
-    """LEVELS and FLOOR of `chunkwise.decay`: halvings down to blocks whose first token is the reference; their gates' floor.
+    """LEVELS and FLOOR of `chunkwise.decay`: halvings down to blocks with one reference, and their gates' floor.
 
-    A factor in such a block lies between exp(-reach / 2) and exp(reach / 2), and without decay it is exp(reach / 2): a power
-    of two, which rounds nothing. bfloat16 has room for 2^86: without a
-    promise (bound) its blocks have 8 tokens, and gates below -17 count as -17, 4e-8 in place of less. float16 has room for
-    2^4 before digits go, and float32 and float64 want every digit: blocks of 1.
+    A factor in such a block lies between exp(-reach / 2) and exp(reach / 2), and without decay it is exp(reach / 2):
+    a power of two, which rounds nothing. bfloat16 has room for 2^86: without a promise (bound) its blocks have 8
+    tokens, and gates below -17 count as -17, 4e-8 in place of less. float16 has room for 2^4 before digits go, and
+    float32 and float64 want every digit: blocks of 1.
     """
     reach = {torch.bfloat16: 172 * log(2), torch.float16: 8 * log(2)}.get(dtype, 0.0)
     block = 8 if dtype == torch.bfloat16 else 1

@@ -52,7 +52,7 @@ def refined_inverse(
 
 @kernel
 def times_inverse(b_P, b_Xh, b_Xl, DOT: tl.constexpr, PREC: tl.constexpr, ACC: tl.constexpr):
-    """P (X_high + X_low) for P [V, C] in ACC and X [C, C] in DOT; bfloat16's 8 digits are too few for P, so it is split too.
+    """P (X_high + X_low) for P [V, C] in ACC and X [C, C] in DOT; bfloat16's 8 digits are too few for P as well.
 
     Rounding X once is not enough: with identical keys it is a Toeplitz matrix, the same in every chunk, so its errors
     neither average nor change sign, and at beta = 2 the state grows by them (docs/log.md).

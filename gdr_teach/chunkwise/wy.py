@@ -1,7 +1,7 @@
 """The chunk form in plain PyTorch, one step a function, for the tied family (derived in chapter 6).
 
-Every rule that erases what the key recalls becomes the same map once its chunk is prepared: C tokens, the state S before
-them, and operands in which decay, if any, is already written (Q~, K~ read, K^ writes; without decay Q, K, K):
+Every rule that erases what the key recalls becomes the same map once its chunk is prepared: C tokens, the state S
+before them, and operands in which decay, if any, is already written (Q~, K~ read, K^ writes; without decay Q, K, K):
 
     r_i = v_i - S^T k~_i - sum_{j<i} L_ij beta_j r_j          what the memory gets wrong, after the tokens before i
     (I + L diag(beta)) R = V - K~ S                           all i at once                           (6.2)
@@ -35,8 +35,8 @@ class Chunks(NamedTuple):
     W: Tensor  # [N, B H, C, K] K^
     V: Tensor  # [N, B H, C, V]
     beta: Tensor  # [N, B H, C, 1]
-    A: Tensor | None  # [N, B H, C, C] lower triangular
-    L: Tensor | None  # [N, B H, C, C] strictly lower triangular
+    A: Tensor  # [N, B H, C, C] lower triangular
+    L: Tensor  # [N, B H, C, C] strictly lower triangular
     fade: Tensor | None = None  # [N, B H, K or 1, 1]
 
 
@@ -53,13 +53,13 @@ class Kept(NamedTuple):
 class Gradients(NamedTuple):
     """The gradients of `Chunks`, in its order; dA and dL are right where A and L are not zero, and so is dfade."""
 
-    dQ: Tensor
-    dK: Tensor
-    dW: Tensor
-    dV: Tensor
+    dQ: Tensor  # noqa: N815
+    dK: Tensor  # noqa: N815
+    dW: Tensor  # noqa: N815
+    dV: Tensor  # noqa: N815
     dbeta: Tensor
-    dA: Tensor
-    dL: Tensor
+    dA: Tensor  # noqa: N815
+    dL: Tensor  # noqa: N815
     dfade: Tensor | None
 
 
@@ -115,7 +115,7 @@ def walk(x: Chunks, X: Tensor, S: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def forward(x: Chunks, S: Tensor, scale: float) -> tuple[Tensor, Tensor, Kept]:
-    """O [N, B H, C, V] and the last state, from the state S [B H, K, V] before the first chunk; and what may be kept."""
+    """O [N, B H, C, V], the last state, and what may be kept, from the state S [B H, K, V] before the first chunk."""
     X = inverse(x)
     starts, R, S = walk(x, X, S)
     O = plus(x.Q @ starts, x.A, x.beta * R) * scale  # (6.6)
@@ -131,7 +131,7 @@ def plus(x: Tensor, y: Tensor, z: Tensor, sign: int = 1) -> Tensor:
 def backward(x: Chunks, kept: Kept, dO: Tensor, D: Tensor) -> tuple[Gradients, Tensor]:
     """The gradients of `forward` in all operands and in S; dO is already multiplied by scale, D that of the last state.
 
-    Of x it reads what `kept` does not have.
+    Of x it reads neither A nor L: `kept` has them.
     """
     X, A, L, R, starts = kept
     U, dU = x.beta * R, A.mT @ dO  # dU is to be complete further down

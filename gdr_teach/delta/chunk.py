@@ -1,9 +1,10 @@
 """The delta rule by chunks in Triton: two launches forward, three backward (derived in chapters 6 and 8).
 
     forward    prepare -> X         scan -> o, state                     only X passes through memory
-    backward   scan -> R, S before each chunk       reverse scan -> dP = dv, D after each chunk       grads -> dq, dk, dbeta
+    backward   scan -> R, S before each chunk    reverse scan -> dP = dv, D after each chunk    grads -> dq, dk, dbeta
 
-The stages are `chunkwise`'s (6.10) to (6.21) without decay. From forward to backward X alone is kept, C numbers a token.
+The stages are `chunkwise`'s (6.10) to (6.21) without decay. From forward to backward X alone is kept, rounded and what
+the rounding left: 2 C numbers a token.
 """
 
 from torch import Tensor

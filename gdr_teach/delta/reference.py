@@ -74,8 +74,9 @@ def delta_chunkwise(
         O = scale * (Q S + tril(Q K^T) U)                                                                 (2.7)
         S' = S + K^T U                                                                                    (2.8)
 
-    `chunkwise.wy` has it step by step. Args: as `gdr_teach.delta_rule`, and chunk_size C >= 1. The last chunk is filled up with beta = 0 and k = 0,
-    tokens that change nothing. Returns: Output(o [B, T, H, V] in v's dtype, state [N, H, K, V]).
+    `chunkwise.wy` has it step by step. Args: as `gdr_teach.delta_rule`, and chunk_size C >= 1. The last chunk is filled
+    up with beta = 0 and k = 0, tokens that change nothing.
+    Returns: Output(o [B, T, H, V] in v's dtype, state [N, H, K, V]).
     """
     chunk_size = check_positive_int("delta_chunkwise", "chunk_size", chunk_size)
     if cu_seqlens is not None:
@@ -101,9 +102,9 @@ def chunkwise(q, k, v, beta, scale, initial_state, C: int) -> tuple[Output, wy.K
 
 
 def chunk_operands(q, k, v, beta, dtype: torch.dtype, C: int) -> wy.Chunks:
-    """The operands of the chunk map but A and L: no decay, so every one is q, k or v itself."""
+    """The operands of the chunk map, A and L left empty: no decay, so every one is q, k or v itself."""
     Q, K, V, b = (wy.chunks(x.to(dtype), C) for x in (q, k, v, beta[..., None]))
-    return wy.Chunks(Q, K, K, V, b, A=None, L=None)
+    return wy.Chunks(Q, K, K, V, b, A=Q.new_empty(0), L=Q.new_empty(0))
 
 
 def start_state(k: Tensor, v: Tensor, initial_state: Tensor | None) -> Tensor:

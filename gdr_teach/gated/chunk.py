@@ -1,8 +1,8 @@
 """The gated delta rule by chunks in Triton: two launches forward, three backward (derived in chapters 6 and 8).
 
-The stages are `chunkwise`'s (6.10) to (6.21), the same kernels that the delta rule takes. With decay, `prepare` also writes
-down the scaled operands: decay is a change of basis inside a chunk, and the serial walks see none of its exponents but
-one factor a chunk. What `prepare` wrote is kept for the backward, 3 K + 2 C numbers a token.
+The stages are `chunkwise`'s (6.10) to (6.21), the same kernels that the delta rule takes. With decay, `prepare` also
+writes down the scaled operands: decay is a change of basis inside a chunk, and the serial walks see none of its
+exponents but one factor a chunk. What `prepare` wrote is kept for the backward, 3 K + 3 C numbers a token.
 """
 
 from torch import Tensor

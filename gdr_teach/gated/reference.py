@@ -118,10 +118,11 @@ def by_row(log_decay: Tensor) -> Tensor:
 
 
 def chunk_operands(q, k, v, beta, log_decay, dtype: torch.dtype, C: int):
-    """The operands of the chunk map but A and L, and what they are made from: q, k [N, B H, C, K], their gates' factors."""
+    """The operands of the chunk map, A and L left empty, and q, k [N, B H, C, K] and their gates' factors."""
     operands = (q, k, v, beta[..., None], by_row(log_decay))
     Q, K, V, b, g = (wy.chunks(x.to(dtype), C) for x in operands)
     f = factors(g.clamp_min(FORGOTTEN))
     from_start, to_end = f.from_start[..., :C, :], f.to_end[..., :C, :]
-    x = wy.Chunks(Q * from_start, K * from_start, K * to_end, V, b, None, None, f.whole)  # (5.6)
+    none = Q.new_empty(0)
+    x = wy.Chunks(Q * from_start, K * from_start, K * to_end, V, b, none, none, f.whole)  # (5.6)
     return x, Q, K, f

@@ -117,9 +117,10 @@ def gated_chunkwise_backward(
     from_start, to_end = f.from_start[..., :chunk_size, :], f.to_end[..., :chunk_size, :]
     dQ.addcmul_(d.dQ, from_start)
     dK.addcmul_(d.dK, from_start).addcmul_(d.dW, to_end)
+    assert d.dfade is not None
     # every exponent's gradient is its factor times the factor's gradient
     by_gate = [torch.addcmul(x.Q * d.dQ, x.K, d.dK), x.W * d.dW, (f.whole * d.dfade).mT]
-    if x.fade.shape[-2] == 1:  # one gate a head: it is in every channel's exponent
+    if f.whole.shape[-2] == 1:  # one gate a head: it is in every channel's exponent
         by_gate = [z.sum(-1, keepdim=True) for z in by_gate]
     dupto, dafter, dtotal = by_gate
     dg = sums_backward(dlevels, dupto, dafter, dtotal)

@@ -4,19 +4,7 @@ import pytest
 import torch
 
 from gdr_teach.delta.reference import delta_recurrence
-from gdr_teach.gated.reference import (
-    after,
-    corners,
-    decayed_scores,
-    gated_chunkwise,
-    gated_recurrence,
-    upto,
-)
-from gdr_teach.gated.transpose import (
-    after_transposed,
-    decayed_scores_backward,
-    upto_transposed,
-)
+from gdr_teach.gated.reference import gated_chunkwise, gated_recurrence
 from gdr_teach.testing import (
     DECAYS,
     as_rows,
@@ -120,47 +108,3 @@ def test_values_that_shrink_below_the_smallest_number_are_zero_and_not_nan(form)
     out = form(*x[:-1], initial_state=torch.full_like(x.initial_state, 1e30))
     assert out.o.isfinite().all()
     assert out.state.abs().max() < 1e3
-
-
-# -- the scores of a chunk ---------------------------------------------------------------------------------------------
-
-
-def pairwise(x, y, g):
-    """`decayed_scores` from its definition: the gates between two tokens, added up pair by pair."""
-    C = x.shape[-2]
-    A = x.new_zeros(*x.shape[:-2], C, C)
-    for i in range(C):
-        for j in range(i + 1):
-            A[..., i, j] = (x[..., i, :] * g[..., j + 1 : i + 1, :].sum(-2).exp() * y[..., j, :]).sum(-1)  # fmt: skip
-    return A
-
-
-@pytest.mark.parametrize("C", [1, 2, 3, 8, 13])
-@pytest.mark.parametrize("width", [1, 4])
-def test_scores_and_their_gradients(C, width):
-    x, y = torch.randn(2, 3, C, 4, dtype=torch.float64).unbind()
-    g = -torch.rand(3, C, width, dtype=torch.float64)
-    leaves = [z.clone().requires_grad_() for z in (x, y, g)]
-    want, got = pairwise(*leaves), decayed_scores(x, y, g)
-    assert_rows_close(got, want, rtol=1e-13, name="scores")
-    dA = torch.randn_like(got)
-    dx, dy, dg = decayed_scores_backward(dA, x, y, g)
-    wants = torch.autograd.grad(want, leaves, dA, allow_unused=True)
-    dg = dg.sum(-1, keepdim=True) if width == 1 else dg
-    for name, a, b in zip(("dx", "dy", "dg"), (dx, dy, dg), wants, strict=True):
-        assert_rows_close(a, b, rtol=1e-12, name=name)
-
-
-def test_corners_are_a_view_that_covers_every_pair_once():
-    seen = torch.eye(16)
-    for h in (1, 2, 4, 8):
-        corners(seen, h).add_(1)
-    assert torch.equal(seen, torch.ones(16, 16).tril())
-
-
-@pytest.mark.parametrize(("sums", "turned"), [(upto, upto_transposed), (after, after_transposed)])
-def test_sums_and_their_transposes(sums, turned):
-    x, y = torch.randn(2, 7, 3, dtype=torch.float64).unbind()
-    assert torch.allclose((sums(x) * y).sum(), (x * turned(y)).sum(), rtol=1e-13)
-    strict = sums is after
-    assert torch.allclose(sums(x)[2], x[3:].sum(0) if strict else x[:3].sum(0), rtol=1e-13)
