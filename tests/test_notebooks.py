@@ -242,9 +242,9 @@ def test_package_source_is_what_inspect_gives():
 
     from gdr_teach.delta import reference
 
-    plain = inspect.unwrap(reference.chunks)
+    plain = inspect.unwrap(reference.start_state)
     wanted = inspect.getsource(plain).rstrip()
-    assert tool.package_source("gdr_teach.delta.reference:chunks") == wanted
+    assert tool.package_source("gdr_teach.delta.reference:start_state") == wanted
     assert tool.package_source("gdr_teach.delta.reference:nothing") == ""
     assert tool.package_source("gdr_teach.nothing:nothing") == ""
 

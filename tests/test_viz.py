@@ -116,10 +116,10 @@ def test_numbers_in_cells_are_readable():
 
 
 def test_source_is_the_installed_source(displayed):
-    viz.source(reference.chunks)
+    viz.source(reference.start_state)
     ((data, options),) = displayed
-    assert data["text/plain"] == inspect.getsource(inspect.unwrap(reference.chunks)).rstrip()
-    assert options["metadata"]["text/html"]["source"] == "gdr_teach.delta.reference:chunks"
+    assert data["text/plain"] == inspect.getsource(inspect.unwrap(reference.start_state)).rstrip()
+    assert options["metadata"]["text/html"]["source"] == "gdr_teach.delta.reference:start_state"
     assert "<script" not in data["text/html"]
 
 

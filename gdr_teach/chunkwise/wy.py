@@ -110,7 +110,7 @@ def walk(x: Chunks, X: Tensor, S: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         S = S if x.fade is None else x.fade[n] * S
         S = torch.baddbmm(S, x.W[n].mT, x.beta[n] * R[n])  # (6.5)
     if not R:
-        return x.V.new_empty((0, *S.shape)), x.V, S
+        return x.V.new_empty((0, *S.shape)), torch.empty_like(x.V), S
     return torch.stack(starts), torch.stack(R), S
 
 

@@ -37,8 +37,8 @@ def delta_rule(
         initial_state: the state before the first token [N, H, K, V], in the state's dtype; default zeros.
         cu_seqlens: int32 or int64 [N + 1], from 0 to T without falling, on the CPU or q's device: document n
             has the tokens cu_seqlens[n] to cu_seqlens[n + 1] - 1 and a state of its own; B = 1. Default: B sequences.
-        mode: "recurrent", "chunk" or "auto" (recurrent for T <= 16; with triton always recurrent, for now: its chunk
-            kernel, for K, V <= 128 and half precision on CUDA, is taken when asked for).
+        mode: "recurrent", "chunk" or "auto" (recurrent for T <= 16, and with triton in float32, where the token
+            kernels are as fast and lose no digit; else chunk).
         backend: "torch", "triton" (CPU tensors: interpreted; CUDA tensors: compiled) or "auto" (triton on CUDA where it
             is installed, else torch).
 

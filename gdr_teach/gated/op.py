@@ -53,11 +53,13 @@ def gated_delta_rule(
         initial_state: the state before the first token [N, H, K, V], in the state's dtype; default zeros.
         cu_seqlens: int32 or int64 [N + 1], from 0 to T without falling, on the CPU or q's device: document n
             has the tokens cu_seqlens[n] to cu_seqlens[n + 1] - 1 and a state of its own; B = 1. Default: B sequences.
-        mode: "recurrent", "chunk" or "auto" (recurrent for T <= 16).
+        mode: "recurrent", "chunk" or "auto" (recurrent for T <= 16, and with triton in float32, where the token
+            kernels are as fast and lose no digit; else chunk).
         backend: "torch", "triton" (CPU tensors: interpreted; CUDA tensors: compiled) or "auto" (triton on CUDA where it
             is installed, else torch).
         min_log_decay: a Python number <= 0 that log_decay is promised never to fall below; it may make the call faster
-            and changes nothing else. Default: no promise.
+            and changes no more than rounding: the gradient of log_decay, else right to its own digits, is then right to
+            those of q * dq. Default: no promise.
 
     q, k, v share one dtype: float16, bfloat16, float32 or float64. Any strides. Autocast casts nothing here.
     The values of log_decay and its promise are checked on the CPU; on CUDA inside `gdr_teach.value_checks()` only.

@@ -87,6 +87,26 @@ def test_chunk_kernels_stay_near_the_token_loop(dtype, keys, beta, shape):
     assert_near_token_loop(delta_rule, x, keys=keys, beta=beta, device="cuda", **way)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("keys", ["unit", "cos0.9"])
+def test_compiled_chunks_round_no_more_than_interpreted_ones(dtype, keys):
+    # the interpreter rounds where the kernel does, and takes the same tiles
+    x = delta_inputs(2, 130, 2, 64, 64, dtype=dtype, keys=keys, beta=1.0)
+    exact, way = Inputs(*(y.double() for y in x)), {"backend": "triton", "mode": "chunk"}
+    do, dstate = torch.randn_like(exact.v), torch.randn_like(exact.initial_state)
+    want = delta_recurrence(*exact[:4], initial_state=exact.initial_state)
+    wants = gradients(delta_rule, exact, do, dstate, mode="recurrent")
+    far = on_gpu(x)
+    got = delta_rule(*far[:4], initial_state=far.initial_state, **way)
+    found = gradients(delta_rule, far, do.cuda(), dstate.cuda(), **way)
+    near = delta_rule(*x[:4], initial_state=x.initial_state, **way)
+    rounded = gradients(delta_rule, x, do, dstate, **way)
+    triples = zip((*got, *found), (*near, *rounded), (*want, *wants), strict=True)
+    for name, gpw in zip(("o", "state", *NAMES), triples, strict=True):
+        g, p, w = map(rows, gpw)
+        assert_rows_close(g, w, rtol=1e-6, rounded=p, name=name)
+
+
 def test_auto_takes_the_chunk_kernels():
     x = on_gpu(delta_inputs(1, 300, 2, 64, 64, dtype=torch.bfloat16))
     assert tuple(explain(delta_rule, *x[:4])) == ("triton", "chunk", 64, 1, 2)

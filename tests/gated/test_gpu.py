@@ -57,6 +57,30 @@ def test_rounds_no_more_than_pytorch(dtype, gate, per, shape):
         assert_rows_close(g, w, rtol=1e-6, rounded=p, name=f"d{name}")
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("gate", [None, -5.0], ids=str)
+@pytest.mark.parametrize("per", ["head", "channel"])
+def test_compiled_chunks_round_no_more_than_interpreted_ones(dtype, gate, per):
+    # the interpreter rounds where the kernel does, and takes the same tiles
+    x = gated_inputs(
+        1, 70, 2, 64, 64, dtype=dtype, keys="cos0.9", beta=1.0, per=per, log_decay=gate
+    )
+    x = x._replace(log_decay=x.log_decay.float())
+    exact, way = type(x)(*(y.double() for y in x)), {"backend": "triton", "mode": "chunk"}
+    do, dstate = torch.randn_like(exact.v), torch.randn_like(exact.initial_state)
+    want = gated_recurrence(*exact[:-1], initial_state=exact.initial_state)
+    wants = gradients(gated_delta_rule, exact, do, dstate, mode="recurrent")
+    far = on_gpu(x)
+    got = gated_delta_rule(*far[:-1], initial_state=far.initial_state, **way)
+    found = gradients(gated_delta_rule, far, do.cuda(), dstate.cuda(), **way)
+    near = gated_delta_rule(*x[:-1], initial_state=x.initial_state, **way)
+    rounded = gradients(gated_delta_rule, x, do, dstate, **way)
+    triples = zip((*got, *found), (*near, *rounded), (*want, *wants), strict=True)
+    for name, gpw in zip(("o", "state", *(f"d{n}" for n in x._fields)), triples, strict=True):
+        g, p, w = map(over_time, gpw)
+        assert_rows_close(g, w, rtol=1e-6, rounded=p, name=name)
+
+
 WIDTHS = [
     (2, 130, 2, 64, 64),
     (1, 70, 3, 100, 40),
