@@ -8,9 +8,11 @@ Reading order:
 2. `memory`       chapter 1: the state as an associative memory, written without erasing
 3. `delta`        chapter 2: `reference` (plain PyTorch), `recurrent` (Triton), `op` and `step` (what you call)
 4. `gated`        chapter 5: the delta rule with decay, the same files
-5. `runtime`      one kernel source: interpreted for CPU tensors, compiled for GPU tensors
-6. `sanitizer`    what a kernel may read and write, checked address by address
-7. `testing`      the float64 oracle, the hard inputs, the one comparison
+5. `chunkwise`    chapters 6 to 9: `wy` and `levels` (plain PyTorch, one step a function), then the same as kernels:
+                  `triangular`, `decay`, `prepare`, `scan`, `grads`, and `tied`, which launches them
+6. `runtime`      one kernel source: interpreted for CPU tensors, compiled for GPU tensors
+7. `sanitizer`    what a kernel may read and write, checked address by address
+8. `testing`      the float64 oracle, the hard inputs, the one comparison
 
 Nothing is imported before it is used: `import gdr_teach` needs neither torch nor triton.
 """

@@ -41,9 +41,7 @@ def choose(
     *,
     decay: bool = False,
 ) -> Path:
-    """The way for one call whose arguments are already checked.
-
-    decay: the rule has one, which asks for other tiles.
+    """The way for one call whose arguments are already checked; decay: the rule has one, which asks for other tiles.
 
     "auto" takes triton for CUDA tensors where it is installed and the sizes fit its kernels, else torch.
     Raises: ValueError or TypeError when triton was asked for and cannot do it, ImportError when it is missing.
@@ -63,8 +61,15 @@ def choose(
         if short or (mode == "auto" and q.dtype == torch.float32):
             return Path("triton", "recurrent", 0, 1, 1)
         C = tiles(target_of(q.device), q.dtype, sizes.K, sizes.V, decay=decay).C
+        if C * sizes.H * max(sizes.K, sizes.V, C) >= 2**31:  # inside a chunk they count in int32
+            if mode == "auto":
+                return Path("triton", "recurrent", 0, 1, 1)
+            raise ValueError(
+                f"{op}: mode 'chunk' with backend 'triton' wants H * max(K, V) < {2**31 // C}, got "
+                f"H = {sizes.H}, K = {sizes.K}, V = {sizes.V}; use mode='recurrent' or backend='torch'"
+            )
         return Path("triton", "chunk", C, 1, 2)
-    if mode == "recurrent" or (mode == "auto" and sizes.T <= SHORT):
+    if short:
         return Path("torch", "recurrent", 0, 1, 0)
     return Path("torch", "chunk", CHUNK_SIZE, 1, 0)
 

@@ -172,3 +172,25 @@ def call(x: Inputs):
     """The launches of one call."""
     options = {"initial_state": x.initial_state, "cu_seqlens": None, "scale": None}
     return delta_chunk_call(*x[:4], **options)
+
+
+@kernel
+def far_kernel(p_out, slot, T, C: tl.constexpr):
+    """The first row of one chunk slot of a dense batch of three sequences."""
+    row, count = chunk_place(None, slot + tl.program_id(0), 0, T, 1, 3, C)
+    tl.store(p_out, row)
+    tl.store(p_out + 1, count)
+
+
+def test_rows_of_chunks_beyond_two_to_the_31():
+    out = torch.zeros(2, dtype=torch.int64)
+    far_kernel[(1,)](out, 2 * 2**24 + 5, 2**30, 64)
+    assert out.tolist() == [2**31 + 5 * 64, 2**30 - 5 * 64]
+
+
+def test_many_heads_need_one_grid_axis():
+    x = delta_inputs(1, 1, 70_000, 1, 1, dtype=torch.float16)
+    with recorded() as launches:
+        this = call(x)
+        this.backward(torch.ones_like(x.v), None, this.forward()[2])
+    assert [launch.grid for launch in launches] == [(70_000,)] * 5

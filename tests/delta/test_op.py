@@ -108,3 +108,11 @@ def test_auto_takes_what_explain_says():
     assert torch.equal(delta_rule(*x[:4]).o, delta_chunkwise(*x[:4], chunk_size=C).o)
     short = [y[:, :16] for y in x[:4]]
     assert torch.equal(delta_rule(*short).o, delta_recurrence(*short).o)
+
+
+def test_a_token_of_two_billion_numbers_is_not_taken_by_chunks():
+    one = torch.zeros(1, dtype=torch.float64)
+    k, beta = one.expand(1, 17, 2**25, 64), one.expand(1, 17, 2**25)
+    assert explain(delta_rule, k, k, k, beta, backend="triton").mode == "recurrent"
+    with pytest.raises(ValueError, match=r"wants H \* max\(K, V\) < 33554432, got H = 33554432"):
+        explain(delta_rule, k, k, k, beta, backend="triton", mode="chunk")
