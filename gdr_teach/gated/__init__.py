@@ -1,1 +1,1 @@
-"""The delta rule with decay, a head (GDN) or a channel (KDA), in the files that every rule has; begin with `reference`."""
+"""The delta rule with decay, a head (GDN) or a channel (KDA), in the files that every rule has; `reference` first."""
