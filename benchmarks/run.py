@@ -1,14 +1,16 @@
-"""Times `delta_rule`, forward alone and with its backward, each way it can go on this machine.
+"""Times both rules, forward alone and with the backward, each way they can go on this machine.
 
     python benchmarks/run.py            (or `make bench`)      print a table
     python benchmarks/run.py --save     also write benchmarks/results/<device>-<date>-<commit>.json
 
 A saved result says where it came from, so --save wants a CUDA device and a work tree without changes. Times are
 milliseconds, the median of the repeats. Interpreted kernels are timed on short sequences only, where they still end
-soon; the plain token loop on the CPU only, because its gradient keeps every state in memory.
+soon; the plain token loop on the CPU only, because its gradient keeps every state in memory. "loop" is that loop as
+anyone would write it (`reference.py`), differentiated by autograd.
 """
 
 import argparse
+import functools
 import json
 import platform
 import statistics
@@ -22,25 +24,35 @@ from pathlib import Path
 import torch
 
 import gdr_teach
-from gdr_teach import delta_rule
+from gdr_teach import delta_rule, gated_delta_rule
+from gdr_teach.delta.reference import delta_recurrence
+from gdr_teach.gated.reference import gated_recurrence
 
 HERE = Path(__file__).resolve().parent
 WAYS = {
-    "cpu": [("torch", "recurrent"), ("torch", "chunk"), ("triton", "recurrent")],
-    "cuda": [("torch", "chunk"), ("triton", "recurrent")],
+    "cpu": [("torch", "loop"), ("torch", "recurrent"), ("torch", "chunk"), ("triton", "recurrent")],
+    "cuda": [("torch", "chunk"), ("triton", "recurrent"), ("triton", "chunk")],
+}
+RULES = {  # the operator, the loop, and the axes of its decay
+    "delta": (delta_rule, delta_recurrence, None),
+    "gated, a head": (gated_delta_rule, gated_recurrence, "BTH"),
+    "gated, a channel": (gated_delta_rule, gated_recurrence, "BTHK"),
 }
 REPEATS = 5
 INTERPRETED_TOKENS = 256  # longer sequences are not interpreted here
 
 
-def inputs(shape: dict[str, int], device: str, dtype: torch.dtype) -> list[torch.Tensor]:
-    """q, k, v, beta with unit keys and steps between 0 and 1, drawn from one seed."""
+def inputs(
+    shape: dict[str, int], device: str, dtype: torch.dtype, gate: str | None = None
+) -> list[torch.Tensor]:
+    """q, k, v, beta with unit keys and steps between 0 and 1, and a decay between -1 and 0, drawn from one seed."""
     torch.manual_seed(0)
     B, T, H, K, V = (shape[name] for name in "BTHKV")
     q = torch.nn.functional.normalize(torch.randn(B, T, H, K), dim=-1)
     k = torch.nn.functional.normalize(torch.randn(B, T, H, K), dim=-1)
     v, beta = torch.randn(B, T, H, V), torch.rand(B, T, H)
-    return [x.to(device, dtype).requires_grad_() for x in (q, k, v, beta)]
+    decay = [] if gate is None else [-torch.rand([shape[name] for name in gate])]
+    return [x.to(device, dtype).requires_grad_() for x in (q, k, v, beta, *decay)]
 
 
 def median_ms(call, device: str) -> float:
@@ -58,20 +70,24 @@ def median_ms(call, device: str) -> float:
 
 
 def measure(shape: dict[str, int], device: str, dtype: torch.dtype) -> list[dict]:
-    args = inputs(shape, device, dtype)
     rows = []
-    for backend, mode in WAYS[device]:
-        if backend == "triton" and device == "cpu" and shape["T"] > INTERPRETED_TOKENS:
-            continue
+    for rule, (op, loop, gate) in RULES.items():
+        args = inputs(shape, device, dtype, gate)
+        for backend, mode in WAYS[device]:
+            if backend == "triton" and device == "cpu" and shape["T"] > INTERPRETED_TOKENS:
+                continue
+            way = {} if mode == "loop" else {"backend": backend, "mode": mode}
+            call = functools.partial(loop if mode == "loop" else op, *args, **way)
 
-        def forward(backend=backend, mode=mode):
-            return delta_rule(*args, backend=backend, mode=mode).o
+            def forward(call=call):
+                with torch.no_grad():
+                    return call().o
 
-        def both(forward=forward):
-            torch.autograd.grad(forward().sum(), args)
+            def both(call=call, args=args):
+                torch.autograd.grad(call().o.sum(), args)
 
-        times = {"forward_ms": median_ms(forward, device), "both_ms": median_ms(both, device)}
-        rows.append({**shape, "backend": backend, "mode": mode, **times})
+            times = {"forward_ms": median_ms(forward, device), "both_ms": median_ms(both, device)}
+            rows.append({**shape, "rule": rule, "backend": backend, "mode": mode, **times})
     return rows
 
 
@@ -116,13 +132,17 @@ def main() -> int:
     print("  ".join(f"{name} {value}" for name, value in about.items()))
     shapes = tomllib.loads((HERE / "shapes.toml").read_text())[device]
     rows = []
-    print(f"{'B':>3}{'T':>6}{'H':>4}{'K':>5}{'V':>5}  {'way':<18}{'forward ms':>12}{'both ms':>10}")
+    print(
+        f"{'B':>3}{'T':>6}{'H':>4}{'K':>5}{'V':>5}  {'rule':<18}{'way':<18}{'forward ms':>12}{'both ms':>10}"
+    )
     for shape in shapes:
         for row in measure(shape, device, dtype):
             rows.append(row)
             sizes = "{B:>3}{T:>6}{H:>4}{K:>5}{V:>5}".format(**row)
             way = f"{row['backend']} {row['mode']}"
-            print(f"{sizes}  {way:<18}{row['forward_ms']:>12.2f}{row['both_ms']:>10.2f}")
+            print(
+                f"{sizes}  {row['rule']:<18}{way:<18}{row['forward_ms']:>12.2f}{row['both_ms']:>10.2f}"
+            )
     if save:
         commit = git("rev-parse", "--short", "HEAD")
         name = about["device"].lower().replace(" ", "-")

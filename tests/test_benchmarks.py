@@ -22,7 +22,8 @@ def test_every_way_is_timed(run, monkeypatch):
     pytest.importorskip("triton")
     monkeypatch.setattr(run, "REPEATS", 1)
     rows = run.measure({"B": 1, "T": 3, "H": 1, "K": 4, "V": 5}, "cpu", torch.float32)
-    assert [(row["backend"], row["mode"]) for row in rows] == run.WAYS["cpu"]
+    got = [(row["rule"], row["backend"], row["mode"]) for row in rows]
+    assert got == [(rule, *way) for rule in run.RULES for way in run.WAYS["cpu"]]
     assert all(0 < row["forward_ms"] and 0 < row["both_ms"] for row in rows)
     assert "triton" not in {
         row["backend"]
