@@ -57,7 +57,7 @@ def choose(
                 f"{op}: backend 'triton' wants the package triton, which is not installed. On Linux: "
                 "pip install 'triton>=3.6'. Elsewhere use backend='torch'."
             )
-        # float32 by chunks is six products for one: the token kernels are as fast and lose no digit
+        # float32 by chunks is six products for one, its speed not measured; the token kernels lose no digit
         if short or (mode == "auto" and q.dtype == torch.float32):
             return Path("triton", "recurrent", 0, 1, 1)
         C = tiles(target_of(q.device), q.dtype, sizes.K, sizes.V, decay=decay).C

@@ -84,12 +84,11 @@ def tokens(x: Tensor, like: Tensor) -> Tensor:
     return x[:, :T].to(like.dtype)
 
 
-def inverse(x: Chunks) -> Tensor:
-    """X [N, B H, C, C] of (6.3), in L's dtype: to be rounded once it is multiplied, not before (decision 0011)."""
-    C = x.L.shape[-1]
-    eye = torch.eye(C, dtype=x.L.dtype, device=x.L.device).expand(x.L.shape)
-    columns = x.beta.to(x.L.dtype).mT  # diag(beta) from the right scales columns
-    return torch.linalg.solve_triangular(x.L * columns, eye, upper=False, unitriangular=True)
+def inverse(L: Tensor, beta: Tensor) -> Tensor:
+    """X of (6.3) for L [..., C, C] and beta [..., C, 1], in L's dtype: rounded once multiplied (decision 0011)."""
+    eye = torch.eye(L.shape[-1], dtype=L.dtype, device=L.device).expand(L.shape)
+    columns = beta.to(L.dtype).mT  # diag(beta) from the right scales columns
+    return torch.linalg.solve_triangular(L * columns, eye, upper=False, unitriangular=True)
 
 
 def times(X: Tensor, y: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
@@ -116,7 +115,7 @@ def walk(x: Chunks, X: Tensor, S: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def forward(x: Chunks, S: Tensor, scale: float) -> tuple[Tensor, Tensor, Kept]:
     """O [N, B H, C, V], the last state, and what may be kept, from the state S [B H, K, V] before the first chunk."""
-    X = inverse(x)
+    X = inverse(x.L, x.beta)
     starts, R, S = walk(x, X, S)
     O = plus(x.Q @ starts, x.A, x.beta * R) * scale  # (6.6)
     return O, S, Kept(X, x.A, x.L.to(R.dtype), R, starts)

@@ -54,7 +54,7 @@ def gated_delta_rule(
         cu_seqlens: int32 or int64 [N + 1], from 0 to T without falling, on the CPU or q's device: document n
             has the tokens cu_seqlens[n] to cu_seqlens[n + 1] - 1 and a state of its own; B = 1. Default: B sequences.
         mode: "recurrent", "chunk" or "auto" (recurrent for T <= 16, and with triton in float32, where the token
-            kernels are as fast and lose no digit; else chunk).
+            kernels lose no digit; else chunk).
         backend: "torch", "triton" (CPU tensors: interpreted; CUDA tensors: compiled) or "auto" (triton on CUDA where it
             is installed, else torch).
         min_log_decay: a Python number <= 0 that log_decay is promised never to fall below; it may make the call faster

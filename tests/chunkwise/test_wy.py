@@ -50,7 +50,7 @@ def test_there_and_back(size):
 def test_the_inverse(size):
     x, _ = drawn(size, decay=False)
     M = torch.eye(size[-1], dtype=torch.float64) + x.L * x.beta.mT
-    got = wy.inverse(x) @ M
+    got = wy.inverse(x.L, x.beta) @ M
     assert_rows_close(got, torch.eye(size[-1], dtype=torch.float64).expand_as(got), rtol=1e-10)
 
 
