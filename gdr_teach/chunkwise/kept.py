@@ -1,4 +1,4 @@
-"""What an operator's forward hands to its backward: five tensors whatever the way, for an operator's outputs are fixed.
+"""What an operator's forward hands to its backward: six tensors whatever the way, for an operator's outputs are fixed.
 
 By chunks in Triton they are `tied.Prepared`, in PyTorch `wy.Kept`; what is not there is an empty tensor. torch alone.
 """
@@ -8,14 +8,16 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-Five = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+Six = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
-def padded(kept: Iterable[Tensor | None], like: Tensor) -> Five:
-    """Five tensors: those kept, then empty ones."""
+def padded(kept: Iterable[Tensor | None], like: Tensor) -> Six:
+    """Six tensors: those kept, then empty ones."""
     given = [like.new_empty(0) if x is None else x for x in kept]
-    first, second, third, fourth, fifth = given + [like.new_empty(0) for _ in range(5 - len(given))]
-    return first, second, third, fourth, fifth
+    first, second, third, fourth, fifth, sixth = given + [
+        like.new_empty(0) for _ in range(6 - len(given))
+    ]
+    return first, second, third, fourth, fifth, sixth
 
 
 def kept_like(q: Tensor, v: Tensor, C: int) -> list[Tensor]:
@@ -24,7 +26,7 @@ def kept_like(q: Tensor, v: Tensor, C: int) -> list[Tensor]:
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     exact = torch.float32 if q.device.type == "mps" else torch.float64
     shape = (-(-T // C), B * H)
-    X = q.new_empty((*shape, C, C), dtype=exact).mT  # the solver writes by columns
+    X = q.new_empty((*shape, C, C), dtype=exact)
     A, L = (q.new_empty((*shape, C, C), dtype=dtype) for _ in range(2))
-    R, starts = (q.new_empty((*shape, *end), dtype=dtype) for end in ((C, V), (K, V)))
-    return [X, A, L, R, starts]
+    ends = ((C, K), (C, V), (K, V))
+    return [X, A, L, *(q.new_empty((*shape, *end), dtype=dtype) for end in ends)]

@@ -11,10 +11,10 @@ wrote, and the exponent has two parts on either side of the cut,
 one for the row and one for the column: a matrix product. Pairs inside one half: the same again, down to one token. A
 gate is summed only where a pair really crosses it, so a token's scores depend on nothing later, bit for bit.
 
-The sums of all levels come by doubling. In blocks of h tokens keep the sum up to each token (upto) and the sum after
-it (after); twice as long a block adds the first half's sum to the second half's upto, and the second half's to the
-first half's after. Turned around, from the largest block down, that is the gradient of g: no cumulative sum, and no
-difference of large numbers anywhere.
+The factors of all levels come by doubling. In blocks of h tokens keep the factor up to each token (upto) and the one
+after it (after); twice as long a block multiplies the second half's upto by the first half's whole factor, and the
+first half's after by the second half's. Turned around, from the largest block down, that is the gradient of g: no
+cumulative sum, and no difference of large numbers anywhere. `pairs` has the same functions for one decay a head.
 """
 
 from typing import NamedTuple
@@ -25,69 +25,74 @@ from torch.nn.functional import pad
 
 
 class Factors(NamedTuple):
-    """exp of the local sums of a chunk's gates [..., C, G], C a power of two."""
+    """exp of the local sums of a chunk's gates [..., C, K], C a power of two."""
 
-    levels: list[
-        tuple[Tensor, Tensor]
-    ]  # for h = 1, 2, 4, ...: to_cut and from_cut, [..., C / 2h, h, G]
-    from_start: Tensor  # [..., C, G] exp(g_(start, i])
-    to_end: Tensor  # [..., C, G] exp(g_(j, end])
-    whole: Tensor  # [..., G, 1] exp(g_(start, end])
+    levels: list[tuple[Tensor, Tensor]]  # for h = 1, 2, 4, ...: to_cut and from_cut, [blocks, h, K]
+    from_start: Tensor  # [..., C, K] exp(g_(start, i])
+    to_end: Tensor  # [..., C, K] exp(g_(j, end])
+    whole: Tensor  # [..., K, 1] exp(g_(start, end])
 
 
 def to_power_of_two(x: Tensor) -> Tensor:
     """[..., C, D] filled up with zeros to the next power of two of tokens."""
     C = x.shape[-2]
     more = (1 << (C - 1).bit_length()) - C
-    return pad(x, (0, 0, 0, more)) if more else x
+    return pad(x, (0, 0, 0, more)) if more else x.contiguous()
 
 
 def factors(g: Tensor) -> Factors:
-    """The factors of (5.19) at every level, and those of the whole chunk, for g [..., C, G] <= 0."""
-    upto = to_power_of_two(g).clone()
-    after, levels, h = torch.zeros_like(upto), [], 1
+    """The factors of (5.19) at every level, and those of the whole chunk, for g [..., C, K] <= 0."""
+    # of the whole chunk from the sum: its rounding would come back in every chunk, always the same way
+    g, whole = to_power_of_two(g), g.sum(-2, keepdim=True).exp().mT
+    upto = g.exp().clone()  # exp keeps its result for autograd
+    after, levels, h = torch.ones_like(upto), [], 1
     while h < upto.shape[-2]:
-        before, behind = halves(upto, h), halves(after, h)
-        # contiguous first: exp of a strided tensor is four times slower
-        levels.append((behind[0].contiguous().exp(), before[1].contiguous().exp()))
-        first, second = (x[..., -1:, :].clone() for x in before)  # the sums of the halves
-        before[1].add_(first)
-        behind[0].add_(second)
+        to_cut, (first, second) = halves(after, h)[0], halves(upto, h)
+        levels.append((to_cut.clone(), second.clone()))
+        of_first, of_second = (x[:, -1:].clone() for x in (first, second))  # of the whole halves
+        second.mul_(of_first)
+        to_cut.mul_(of_second)
         h *= 2
-    return Factors(levels, upto.exp(), after.exp(), upto[..., -1:, :].exp().mT)
+    return Factors(levels, upto, after, whole)
 
 
 def sums_backward(
     levels: list[tuple[Tensor, Tensor]], dupto: Tensor, dafter: Tensor, dtotal: Tensor
 ) -> Tensor:
-    """dg [..., C, G] from the gradients of every exponent of `factors`.
+    """dg [..., C, K] from the gradients of every exponent of `factors`.
 
-    Those of to_cut and from_cut at each level, [..., C, G] of from_start and to_end, [..., 1, G] of whole.
+    Those of to_cut and from_cut at each level, [..., C, K] of from_start and to_end, [..., 1, K] of whole. dupto and
+    dafter are used up.
     """
     C = dupto.shape[-2]
-    dupto, dafter = (to_power_of_two(x).clone() for x in (dupto, dafter))
+    dupto, dafter = to_power_of_two(dupto), to_power_of_two(dafter)
     dupto[..., -1:, :] += dtotal
     for n in reversed(range(len(levels))):
-        before, behind = halves(dupto, 1 << n), halves(dafter, 1 << n)
-        dfirst, dsecond = before[1].sum(-2), behind[0].sum(-2)
-        before[0][..., -1, :] += dfirst
-        before[1][..., -1, :] += dsecond
-        behind[0].add_(levels[n][0])
-        before[1].add_(levels[n][1])
+        (before, behind), (first, _) = halves(dupto, 1 << n), halves(dafter, 1 << n)
+        dbefore, dbehind = behind.sum(-2), first.sum(-2)
+        before[:, -1] += dbefore
+        behind[:, -1] += dbehind
+        first.add_(levels[n][0])
+        behind.add_(levels[n][1])
     return dupto[..., :C, :]
 
 
 def halves(x: Tensor, h: int) -> tuple[Tensor, Tensor]:
-    """Views of [..., C, D] in blocks of 2 h tokens: the first and the second halves, each [..., C / 2h, h, D]."""
-    blocks = x.unflatten(-2, (-1, 2, h))
-    return blocks[..., 0, :, :], blocks[..., 1, :, :]
+    """Views of a contiguous [..., C, D] in blocks of 2 h tokens: their first and second halves, each [blocks, h, D]."""
+    blocks = x.view(-1, 2, h, x.shape[-1])
+    return blocks[:, 0], blocks[:, 1]
 
 
 def corners(A: Tensor, h: int) -> Tensor:
-    """A view of A [..., C, C]: rows of second halves, columns of the first half of their block [..., C / 2h, h, h]."""
-    blocks = A.unflatten(-1, (-1, 2, h)).unflatten(-4, (-1, 2, h))
-    own = blocks.diagonal(dim1=-6, dim2=-3)  # of [..., block, half, i, block, half, j]
-    return own[..., 1, :, 0, :, :].movedim(-1, -3)
+    """A view of a contiguous A [M, C, C]: rows of second halves, columns of their first [M, C / 2h, h, h]."""
+    M, C, _ = A.shape
+    strides = (C * C, 2 * h * (C + 1), C, 1)
+    return A.as_strided((M, C // (2 * h), h, h), strides, A.storage_offset() + h * C)
+
+
+def rows_by_columns(x: Tensor, y: Tensor) -> Tensor:
+    """x y^T for [blocks, h, K]: without a matrix product for blocks of one row."""
+    return x @ y.mT if x.shape[-2] > 1 else (x * y).sum(-1, keepdim=True)
 
 
 def decayed_scores(q: Tensor, k: Tensor, f: Factors, exact: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -95,29 +100,18 @@ def decayed_scores(q: Tensor, k: Tensor, f: Factors, exact: torch.dtype) -> tupl
 
     L is summed in more digits from factors as they are: without decay they are exactly 1, with it errors fade as well.
     """
-    C = q.shape[-2]
+    *lead, C, _ = q.shape
     q, k = to_power_of_two(q), to_power_of_two(k)
-    if f.from_start.shape[-1] == 1:  # one decay a head: a number for every pair
-        E, wide = pair_factors(f), k.to(exact)
-        A, L = (q @ k.mT) * E, (wide @ wide.mT) * E.to(exact).tril(-1)
-        return A[..., :C, :C], L[..., :C, :C]
-    A = torch.diag_embed((q * k).sum(-1))
+    A = torch.diag_embed((q * k).sum(-1).view(-1, q.shape[-2]))
     L = torch.zeros(A.shape, dtype=exact, device=A.device)
     for n, (to_cut, from_cut) in enumerate(f.levels):
         h = 1 << n
-        k_first, k_second = halves(k, h)
-        columns = (k_first * to_cut).mT
-        corners(A, h).copy_((halves(q, h)[1] * from_cut) @ columns)
-        corners(L, h).copy_((k_second * from_cut).to(exact) @ columns.to(exact))
-    return A[..., :C, :C], L[..., :C, :C]
-
-
-def pair_factors(f: Factors) -> Tensor:
-    """exp(g_(j, i]) for i >= j, else 0, [..., C, C], for gates [..., C, 1]."""
-    E = torch.diag_embed(torch.ones_like(f.from_start[..., 0]))
-    for n, (to_cut, from_cut) in enumerate(f.levels):
-        corners(E, 1 << n).copy_(from_cut * to_cut.mT)
-    return E
+        (k_first, k_second), (_, q_second) = halves(k, h), halves(q, h)
+        columns, A_h, L_h = k_first * to_cut, corners(A, h), corners(L, h)
+        A_h.copy_(rows_by_columns(q_second * from_cut, columns).view(A_h.shape))
+        rows, columns = (k_second * from_cut).to(exact), columns.to(exact)
+        L_h.copy_(rows_by_columns(rows, columns).view(L_h.shape))
+    return A[..., :C, :C].view(*lead, C, C), L[..., :C, :C].view(*lead, C, C)
 
 
 def decayed_scores_backward(
@@ -127,38 +121,31 @@ def decayed_scores_backward(
 
     dA, dL [..., C, C] are not read above the diagonal, dL not on it; q, k [..., C, K].
     """
-    C = q.shape[-2]
-    dA, dL = (to_power_of_two(to_power_of_two(z).mT).mT for z in (dA, dL))
+    C, K = q.shape[-2:]
     q, k = to_power_of_two(q), to_power_of_two(k)
-    if f.from_start.shape[-1] == 1:
-        return _one_decay_a_head(dA, dL, q, k, f, C)
-    d = dA.diagonal(dim1=-2, dim2=-1)[..., None]
+    if more := q.shape[-2] - C:
+        dA, dL = (pad(z, (0, more, 0, more)) for z in (dA, dL))
+    dA, dL = (z.contiguous().flatten(0, -3) for z in (dA, dL))
+    d = dA.diagonal(dim1=-2, dim2=-1).reshape(*q.shape[:-1], 1)
     dq, dk, levels = d * k, d * q, []  # no decay on the diagonal
     for n, (to_cut, from_cut) in enumerate(f.levels):
         h = 1 << n
-        (k_first, k_second), q_second = halves(k, h), halves(q, h)[1]
+        (k_first, k_second), (_, q_second) = halves(k, h), halves(q, h)
         columns = k_first * to_cut
-        rows = columns.new_empty((*columns.shape[:-2], 2, h, columns.shape[-1]))
-        torch.mul(q_second, from_cut, out=rows[..., 0, :, :])
-        torch.mul(k_second, from_cut, out=rows[..., 1, :, :])
-        dscores = torch.cat([corners(dA, h), corners(dL, h)], dim=-2)
-        drows = (dscores @ columns).unflatten(-2, (2, h))
-        dcolumns = dscores.mT @ rows.flatten(-3, -2)
-        halves(dq, h)[1].addcmul_(drows[..., 0, :, :], from_cut)
-        halves(dk, h)[1].addcmul_(drows[..., 1, :, :], from_cut)
-        halves(dk, h)[0].addcmul_(dcolumns, to_cut)
+        rows = columns.new_empty((len(columns), 2, h, K))
+        torch.mul(q_second, from_cut, out=rows[:, 0])
+        torch.mul(k_second, from_cut, out=rows[:, 1])
+        dscores = torch.cat([corners(dA, h), corners(dL, h)], dim=-2).view(-1, 2 * h, h)
+        if h > 1:
+            drows = (dscores @ columns).view(rows.shape)
+            dcolumns = dscores.mT @ rows.view(-1, 2 * h, K)
+        else:
+            drows = dscores[..., None] * columns[:, None]
+            dcolumns = (dscores[..., None] * rows).sum(1)
+        halves(dq, h)[1].addcmul_(drows[:, 0], from_cut)
+        dk_first, dk_second = halves(dk, h)
+        dk_second.addcmul_(drows[:, 1], from_cut)
+        dk_first.addcmul_(dcolumns, to_cut)
         back = rows.mul_(drows)
-        levels.append((columns.mul_(dcolumns), back[..., 0, :, :].add_(back[..., 1, :, :])))
-    return dq[..., :C, :], dk[..., :C, :], levels
-
-
-def _one_decay_a_head(dA, dL, q, k, f: Factors, C: int):
-    E = pair_factors(f)
-    dA, dL = dA * E, (dL * E).tril(-1)
-    dE = dA * (q @ k.mT) + dL * (k @ k.mT)  # E times its gradient: what every pair hands back
-    dq, dk = dA @ k, dA.mT @ q + (dL + dL.mT) @ k
-    levels = []
-    for n in range(len(f.levels)):
-        pairs = corners(dE, 1 << n)
-        levels.append((pairs.sum(-2)[..., None], pairs.sum(-1)[..., None]))
+        levels.append((columns.mul_(dcolumns), back[:, 0].add_(back[:, 1])))
     return dq[..., :C, :], dk[..., :C, :], levels

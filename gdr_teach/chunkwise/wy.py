@@ -12,7 +12,7 @@ before them, and operands in which decay, if any, is already written (Q~, K~ rea
 
 The backward is the same steps turned around, with dO already multiplied by scale and D the gradient of S':
 
-    dU = A^T dO + K^ D      dP = X^T (beta * dU)      D <- fade * D + Q~^T dO - K~^T dP               (6.7)
+    dU = A^T dO + K^ D      D <- fade * D + Q~^T dO - (X K~)^T (beta * dU)      dP = X^T (beta * dU)    (6.7)
     dQ~ = dO S^T    dK~ = -dP S^T    dK^ = U D^T    dV = dP                                           (6.8)
     dA = dO U^T     dL = -dP U^T     dfade = rowsum(S * D)     dbeta = rowsum(R * (dU - L^T dP))      (6.9)
 
@@ -20,11 +20,15 @@ Tensors of chunks are [N, B H, C, .]: the walk takes one slice of memory a step.
 Source: Bischof and Van Loan 1987 for the WY form; Yang et al. 2024, section 3, for its use here.
 """
 
+from collections.abc import Callable, Sequence
+from functools import cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
+
+SEGMENT = 1 << 18  # numbers of an operand that a CPU works on at a time: about what its caches hold
 
 
 class Chunks(NamedTuple):
@@ -46,6 +50,7 @@ class Kept(NamedTuple):
     X: Tensor  # [N, B H, C, C]
     A: Tensor  # [N, B H, C, C]
     L: Tensor  # [N, B H, C, C] in A's dtype
+    XK: Tensor  # [N, B H, C, K] X K~
     R: Tensor  # [N, B H, C, V]
     starts: Tensor  # [N, B H, K, V] the state before each chunk
 
@@ -77,11 +82,73 @@ def chunks(x: Tensor, C: int) -> Tensor:
     return x.view(B, N, C, H, D).permute(1, 0, 3, 2, 4).reshape(N, B * H, C, D)
 
 
-def tokens(x: Tensor, like: Tensor) -> Tensor:
-    """[N, B H, C, D] as [B, T, H, D], B, T and H those of `like`: the way back, in its dtype, the filling cut off."""
-    (B, T, H), (N, _, C, D) = like.shape[:3], x.shape
-    x = x.view(N, B, H, C, D).permute(1, 0, 3, 2, 4).reshape(B, N * C, H, D)
-    return x[:, :T].to(like.dtype)
+def put(x: Tensor, out: Tensor) -> None:
+    """[N, B H, C, D] written to out [B, T, H, D] or [B, T, H], in its dtype: the way back, the filling cut off."""
+    out = out.view(*out.shape[:3], x.shape[-1])
+    (B, T, H, D), (N, _, C, _) = out.shape, x.shape
+    x, whole = x.view(N, B, H, C, D).permute(1, 0, 3, 2, 4), T // C
+    out[:, : whole * C].unflatten(1, (whole, C)).copy_(x[:, :whole])
+    if T > whole * C:
+        out[:, whole * C :].copy_(x[:, whole, : T - whole * C])
+
+
+@cache
+def keep_freed_memory() -> None:
+    """Freed memory stays with the process: glibc gives blocks of more than 128 KiB back, to be cleared once more.
+
+    A freed block of up to 32 MiB raises that bound to its size for good (mallopt(3), M_MMAP_THRESHOLD); it is never
+    touched, so it costs nothing. With another allocator nothing happens.
+    """
+    torch.empty((32 << 20) - (64 << 10), dtype=torch.uint8)
+
+
+def segments(q: Tensor, v: Tensor, C: int) -> list[slice]:
+    """Whole chunks of the time axis of q [B, T, H, K] and v [B, T, H, V], at most about SEGMENT numbers of each.
+
+    On the CPU the stages of one segment find each other's results in the cache; elsewhere there is one segment.
+    """
+    (B, T, H, K), V = q.shape, v.shape[-1]
+    n = max(1, SEGMENT // max(1, B * H * C * max(K, V))) if q.device.type == "cpu" else max(1, T)
+    return [slice(start, min(start + n * C, T)) for start in range(0, max(T, 1), n * C)]
+
+
+def forward_by_segments(
+    prepare: Callable[..., Chunks], operands: Sequence[Tensor], S: Tensor, scale: float, C: int
+) -> tuple[Tensor, Tensor, Kept]:
+    """o [B, T, H, V], the last state [B, H, K, V] and what may be kept.
+
+    operands [B, T, ...] start with q, k, v; prepare makes `Chunks` of those of one segment, the state's dtype and C.
+    """
+    keep_freed_memory()
+    q, _, v = operands[:3]
+    shape, S, o, parts = S.shape, S.flatten(0, 1), torch.empty_like(v), []
+    for s in segments(q, v, C):
+        O, S, kept = forward(prepare(*(x[:, s] for x in operands), S.dtype, C), S, scale)
+        put(O, o[:, s])
+        parts.append(kept)
+    return o, S.view(shape), Kept(*(torch.cat(x) for x in zip(*parts, strict=True)))
+
+
+def backward_by_segments(
+    one: Callable[..., tuple[tuple[Tensor, ...], Tensor]],
+    do: Tensor,
+    operands: Sequence[Tensor],
+    kept: Sequence[Tensor],
+    D: Tensor,
+    C: int,
+) -> tuple[Tensor, ...]:
+    """The gradients of `forward_by_segments` in its operands and the first state, from those of o and the last state.
+
+    one takes a segment of do [B, T, H, V] and of the operands, its `Kept`, and D [B H, K, V]; gives back the operands'
+    gradients [N, B H, C, .] and the D before it.
+    """
+    shape, D, grads = D.shape, D.flatten(0, 1), [torch.empty_like(x) for x in operands]
+    for s in reversed(segments(operands[0], operands[2], C)):
+        own = Kept(*(x[s.start // C : -(-s.stop // C)] for x in kept))
+        parts, D = one(do[:, s], *(x[:, s] for x in operands), own, D)
+        for part, grad in zip(parts, grads, strict=True):
+            put(part, grad[:, s])
+    return *grads, D.view(shape)
 
 
 def inverse(L: Tensor, beta: Tensor) -> Tensor:
@@ -91,40 +158,42 @@ def inverse(L: Tensor, beta: Tensor) -> Tensor:
     return torch.linalg.solve_triangular(L * columns, eye, upper=False, unitriangular=True)
 
 
-def times(X: Tensor, y: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
-    """X y and X z, multiplied in X's dtype and rounded to that of y."""
-    D = y.shape[-1]
-    both = X.new_empty((*y.shape[:-1], D + z.shape[-1]))
-    both[..., :D], both[..., D:] = y, z
-    out = (X @ both).to(y.dtype)
-    return out[..., :D], out[..., D:]
+def times(X: Tensor, y: Tensor) -> Tensor:
+    """X y, multiplied in X's dtype and rounded to that of y."""
+    return (X @ y.to(X.dtype)).to(y.dtype)
 
 
-def walk(x: Chunks, X: Tensor, S: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def walk(x: Chunks, XV: Tensor, XK: Tensor, S: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The state before every chunk [N, B H, K, V], R [N, B H, C, V], and the state after the last: (6.4), (6.5)."""
-    starts, R = [], []
-    for n, (XV, XK) in enumerate(zip(*times(X, x.V, x.K), strict=True)):
+    if not len(XV):
+        return XV.new_empty((0, *S.shape)), XV, S
+    starts, R, beta_W = (
+        [],
+        [],
+        x.beta * x.W,
+    )  # beta from this side: the loop is as long as Python is busy in it
+    fades = [None] * len(XV) if x.fade is None else x.fade.unbind()
+    slices = zip(XV.unbind(), XK.unbind(), beta_W.mT.unbind(), fades, strict=True)
+    for n, (xv, xk, w, fade) in enumerate(slices):
         starts.append(S)
-        R.append(torch.baddbmm(XV, XK, S, alpha=-1))  # (6.4)
-        S = S if x.fade is None else x.fade[n] * S
-        S = torch.baddbmm(S, x.W[n].mT, x.beta[n] * R[n])  # (6.5)
-    if not R:
-        return x.V.new_empty((0, *S.shape)), torch.empty_like(x.V), S
+        R.append(torch.baddbmm(xv, xk, S, alpha=-1))  # (6.4)
+        S = torch.baddbmm(S if fade is None else fade * S, w, R[n])  # (6.5)
     return torch.stack(starts), torch.stack(R), S
 
 
 def forward(x: Chunks, S: Tensor, scale: float) -> tuple[Tensor, Tensor, Kept]:
     """O [N, B H, C, V], the last state, and what may be kept, from the state S [B H, K, V] before the first chunk."""
     X = inverse(x.L, x.beta)
-    starts, R, S = walk(x, X, S)
-    O = plus(x.Q @ starts, x.A, x.beta * R) * scale  # (6.6)
-    return O, S, Kept(X, x.A, x.L.to(R.dtype), R, starts)
+    XK = times(X, x.K)
+    starts, R, S = walk(x, times(X, x.V), XK, S)
+    O = plus_(x.Q @ starts, x.A, x.beta * R).mul_(scale)  # (6.6)
+    return O, S, Kept(X, x.A, x.L.to(R.dtype), XK, R, starts)
 
 
-def plus(x: Tensor, y: Tensor, z: Tensor, sign: int = 1) -> Tensor:
-    """x + sign * y z for products of all chunks [N, B H, ., .], without a tensor in between."""
-    out = torch.baddbmm(x.flatten(0, 1), y.flatten(0, 1), z.flatten(0, 1), alpha=sign)
-    return out.view(x.shape)
+def plus_(x: Tensor, y: Tensor, z: Tensor, sign: int = 1) -> Tensor:
+    """x + sign * y z, written to x, for products of all chunks [N, B H, ., .]."""
+    x.flatten(0, 1).baddbmm_(y.flatten(0, 1), z.flatten(0, 1), alpha=sign)
+    return x
 
 
 def backward(x: Chunks, kept: Kept, dO: Tensor, D: Tensor) -> tuple[Gradients, Tensor]:
@@ -132,18 +201,23 @@ def backward(x: Chunks, kept: Kept, dO: Tensor, D: Tensor) -> tuple[Gradients, T
 
     Of x it reads neither A nor L: `kept` has them.
     """
-    X, A, L, R, starts = kept
-    U, dU = x.beta * R, A.mT @ dO  # dU is to be complete further down
-    XU, XW = times(X.mT, x.beta * dU, x.beta * x.W)
-    D, ends, dP = D.clone(), torch.empty_like(starts), torch.empty_like(R)
-    for n in reversed(range(len(dO))):  # (6.7)
-        ends[n] = D
-        torch.baddbmm(XU[n], XW[n], D, out=dP[n])
-        if x.fade is not None:
-            D.mul_(x.fade[n])
-        D.baddbmm_(x.Q[n].mT, dO[n]).baddbmm_(x.K[n].mT, dP[n], alpha=-1)
-    dU = plus(plus(dU, x.W, ends), L.mT, dP, -1)
-    minus = -dP
+    X, A, L, XK, R, starts = kept
+    dU, G = A.mT @ dO, x.Q.mT @ dO
+    ends = G.new_empty(
+        (len(G) + 1, *D.shape)
+    )  # the gradient of the state after each chunk, the first state's first
+    ends[-1] = D
+    fades = [None] * len(G) if x.fade is None else x.fade.unbind()
+    operands = (ends[1:], ends[:-1], dU, x.W, G, (x.beta * XK).mT)
+    slices = zip(*(y.unbind() for y in operands), fades, strict=True)
+    for end, start, du, w, g, xk, fade in reversed(list(slices)):  # (6.7)
+        du.baddbmm_(w, end)
+        g.baddbmm_(xk, du, alpha=-1)
+        torch.add(g, end, out=start) if fade is None else torch.addcmul(g, fade, end, out=start)
+    D, ends = ends[0], ends[1:]
+    dP = times(X.mT, x.beta * dU)
+    plus_(dU, L.mT, dP, -1)
+    U, minus = x.beta * R, -dP
     grads = Gradients(
         dO @ starts.mT,  # (6.8)
         minus @ starts.mT,

@@ -94,15 +94,19 @@ def chunkwise(q, k, v, beta, scale, initial_state, C: int) -> tuple[Output, wy.K
     """`delta_chunkwise` without documents, and what its backward can take over."""
     scale = float(k.shape[-1] ** -0.5 if scale is None else scale)
     S = start_state(k, v, initial_state)  # [B, H, K, V]
-    x = chunk_operands(q, k, v, beta, S.dtype, C)
-    exact = x.K.to(wy.exact_dtype(k))
-    x = x._replace(A=(x.Q @ x.K.mT).tril(), L=(exact @ exact.mT).tril(-1))
-    O, last, kept = wy.forward(x, S.flatten(0, 1), scale)
-    return Output(wy.tokens(O, v), last.view(S.shape)), kept
+    o, S, kept = wy.forward_by_segments(chunk_operands, (q, k, v, beta), S, scale, C)
+    return Output(o, S), kept
 
 
 def chunk_operands(q, k, v, beta, dtype: torch.dtype, C: int) -> wy.Chunks:
-    """The operands of the chunk map, A and L left empty: no decay, so every one is q, k or v itself."""
+    """The operands of the chunk map: no decay, so Q~, K~ and K^ are q and k themselves."""
+    x = without_scores(q, k, v, beta, dtype, C)
+    exact = x.K.to(wy.exact_dtype(k))
+    return x._replace(A=(x.Q @ x.K.mT).tril(), L=(exact @ exact.mT).tril(-1))
+
+
+def without_scores(q, k, v, beta, dtype: torch.dtype, C: int) -> wy.Chunks:
+    """`chunk_operands` with A and L left empty: the backward does not read them there."""
     Q, K, V, b = (wy.chunks(x.to(dtype), C) for x in (q, k, v, beta[..., None]))
     return wy.Chunks(Q, K, K, V, b, A=Q.new_empty(0), L=Q.new_empty(0))
 

@@ -4,12 +4,14 @@ do is the gradient of o, dstate the gradient of the last state; D is the gradien
 Neither function builds an autograd graph: they are what the operator runs when the backend is torch.
 """
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from ..chunkwise import wy
 from ..packing import per_document
-from .reference import chunk_operands, chunkwise, start_state
+from .reference import chunkwise, start_state, without_scores
 
 
 def delta_recurrence_backward(
@@ -92,15 +94,18 @@ def delta_chunkwise_backward(
     scale = float(k.shape[-1] ** -0.5 if scale is None else scale)
     if kept is None:
         kept = chunkwise(q, k, v, beta, scale, initial_state, chunk_size)[1]
-    x = chunk_operands(q, k, v, beta, dstate.dtype, chunk_size)
-    dO = scale * wy.chunks(do.to(dstate.dtype), chunk_size)
-    d, dS0 = wy.backward(x, kept, dO, dstate.flatten(0, 1))  # (2.13)
+    one = partial(_segment_backward, scale=scale, C=chunk_size)
+    return wy.backward_by_segments(one, do, (q, k, v, beta), kept, dstate, chunk_size)
+
+
+def _segment_backward(do, q, k, v, beta, kept: wy.Kept, D: Tensor, *, scale: float, C: int):
+    x = without_scores(q, k, v, beta, D.dtype, C)
+    dO = scale * wy.chunks(do.to(D.dtype), C)
+    d, D = wy.backward(x, kept, dO, D)  # (2.13)
     dA, dL = d.dA.tril(), d.dL.tril(-1)  # (2.14): dL = -G
-    dQ = wy.plus(d.dQ, dA, x.K)  # (2.15)
-    dK = wy.plus(wy.plus(d.dK + d.dW, dA.mT, x.Q), dL + dL.mT, x.K)
-    grads = zip((dQ, dK, d.dV, d.dbeta), (q, k, v, beta[..., None]), strict=True)
-    dq, dk, dv, dbeta = (wy.tokens(z, like) for z, like in grads)
-    return dq, dk, dv, dbeta[..., 0], dS0.view(dstate.shape)
+    dQ = wy.plus_(d.dQ, dA, x.K)  # (2.15)
+    dK = wy.plus_(wy.plus_(d.dK.add_(d.dW), dA.mT, x.Q), dL + dL.mT, x.K)
+    return (dQ, dK, d.dV, d.dbeta), D
 
 
 def read(S: Tensor, x: Tensor) -> Tensor:

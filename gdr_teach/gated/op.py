@@ -127,8 +127,8 @@ def _forward(
     backend: str,
     mode: str,
     chunk_size: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    # the last five outputs are what a call by chunks keeps for its backward; no caller sees them
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    # the last six outputs are what a call by chunks keeps for its backward; no caller sees them
     check_cu_seqlens_values("gated_delta_rule", cu_seqlens, q.shape[1])
     check_log_decay_values("gated_delta_rule", log_decay, min_log_decay)
     operands = (q, k, v, beta, log_decay)
@@ -209,6 +209,7 @@ def _backward(
     kept3: Tensor | None,
     kept4: Tensor | None,
     kept5: Tensor | None,
+    kept6: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     operands = (q, k, v, beta, log_decay)
     options = {"scale": scale, "initial_state": initial_state, "cu_seqlens": cu_seqlens}
@@ -231,7 +232,7 @@ def _backward(
     else:
         from .transpose import gated_chunkwise_backward, gated_recurrence_backward
 
-        kept = None if kept1 is None else (kept1, kept2, kept3, kept4, kept5)
+        kept = None if kept1 is None else (kept1, kept2, kept3, kept4, kept5, kept6)
         with torch.autocast(q.device.type, enabled=False):
             if mode == "chunk":
                 options |= {"chunk_size": chunk_size, "kept": kept}

@@ -13,18 +13,17 @@ decay, -inf (a reset) included. Needs torch only. Sources: Yang et al. 2024, "Ga
 2025, "Kimi Linear".
 """
 
+from types import ModuleType
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from ..arguments import check_positive_int
-from ..chunkwise import wy
-from ..chunkwise.levels import decayed_scores, factors
+from ..chunkwise import levels, pairs, wy
 from ..delta.reference import start_state
 from ..notation import Output
 from ..packing import per_document
-
-FORGOTTEN = -2048.0  # exp of it is exactly 0 in float64 too; in place of -inf it keeps 0 * inf away
 
 
 def gated_recurrence(
@@ -105,11 +104,9 @@ def chunkwise(q, k, v, beta, log_decay, scale, initial_state, C: int) -> tuple[O
     """`gated_chunkwise` without documents, and what its backward can take over."""
     scale = float(k.shape[-1] ** -0.5 if scale is None else scale)
     S = start_state(k, v, initial_state)  # [B, H, K, V]
-    x, Q, K, f = chunk_operands(q, k, v, beta, log_decay, S.dtype, C)
-    A, L = decayed_scores(Q, K, f, wy.exact_dtype(K))  # (5.7)
-    x = x._replace(A=A, L=L)
-    O, last, kept = wy.forward(x, S.flatten(0, 1), scale)  # (5.8), (5.9)
-    return Output(wy.tokens(O, v), last.view(S.shape)), kept
+    operands = (q, k, v, beta, log_decay)
+    o, S, kept = wy.forward_by_segments(chunk_operands, operands, S, scale, C)  # (5.8), (5.9)
+    return Output(o, S), kept
 
 
 def by_row(log_decay: Tensor) -> Tensor:
@@ -117,11 +114,23 @@ def by_row(log_decay: Tensor) -> Tensor:
     return log_decay[..., None] if log_decay.dim() == 3 else log_decay
 
 
-def chunk_operands(q, k, v, beta, log_decay, dtype: torch.dtype, C: int):
-    """The operands of the chunk map, A and L left empty, and q, k [N, B H, C, K] and their gates' factors."""
+def chunk_operands(q, k, v, beta, log_decay, dtype: torch.dtype, C: int) -> wy.Chunks:
+    """The operands of the chunk map."""
+    x, Q, K, f = without_scores(q, k, v, beta, log_decay, dtype, C)
+    A, L = decays(log_decay).decayed_scores(Q, K, f, wy.exact_dtype(K))  # (5.7)
+    return x._replace(A=A, L=L)
+
+
+def decays(log_decay: Tensor) -> ModuleType:
+    """Where the decay between tokens is computed: both modules have the same functions."""
+    return pairs if log_decay.dim() == 3 else levels
+
+
+def without_scores(q, k, v, beta, log_decay, dtype: torch.dtype, C: int):
+    """`chunk_operands` with A and L left empty, and q, k [N, B H, C, K] and their gates' factors."""
     operands = (q, k, v, beta[..., None], by_row(log_decay))
     Q, K, V, b, g = (wy.chunks(x.to(dtype), C) for x in operands)
-    f = factors(g.clamp_min(FORGOTTEN))
+    f = decays(log_decay).factors(g)
     from_start, to_end = f.from_start[..., :C, :], f.to_end[..., :C, :]
     none = Q.new_empty(0)
     x = wy.Chunks(Q * from_start, K * from_start, K * to_end, V, b, none, none, f.whole)  # (5.6)

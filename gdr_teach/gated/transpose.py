@@ -11,15 +11,16 @@ Here every exponent is a sum of g over the tokens that a pair crosses, and so dg
 the pairs that cross token t, and no others, hand back.
 """
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from ..chunkwise import wy
-from ..chunkwise.levels import decayed_scores_backward, sums_backward
 from ..delta.reference import start_state
 from ..delta.transpose import outer, read, write
 from ..packing import per_document
-from .reference import by_row, chunk_operands, chunkwise
+from .reference import by_row, chunkwise, decays, without_scores
 
 
 def gated_recurrence_backward(
@@ -110,11 +111,19 @@ def gated_chunkwise_backward(
     scale = float(k.shape[-1] ** -0.5 if scale is None else scale)
     if kept is None:
         kept = chunkwise(*operands, scale, initial_state, chunk_size)[1]
-    x, Q, K, f = chunk_operands(*operands, dstate.dtype, chunk_size)
-    dO = scale * wy.chunks(do.to(dstate.dtype), chunk_size)
-    d, dS0 = wy.backward(x, kept, dO, dstate.flatten(0, 1))  # (5.15) to (5.18)
-    dQ, dK, dlevels = decayed_scores_backward(d.dA, d.dL, Q, K, f)
-    from_start, to_end = f.from_start[..., :chunk_size, :], f.to_end[..., :chunk_size, :]
+    one = partial(_segment_backward, scale=scale, C=chunk_size)
+    return wy.backward_by_segments(one, do, operands, kept, dstate, chunk_size)
+
+
+def _segment_backward(
+    do, q, k, v, beta, log_decay, kept: wy.Kept, D: Tensor, *, scale: float, C: int
+):
+    x, Q, K, f = without_scores(q, k, v, beta, log_decay, D.dtype, C)
+    dO = scale * wy.chunks(do.to(D.dtype), C)
+    d, D = wy.backward(x, kept, dO, D)  # (5.15) to (5.18)
+    decay = decays(log_decay)
+    dQ, dK, dsums = decay.decayed_scores_backward(d.dA, d.dL, Q, K, f)
+    from_start, to_end = f.from_start[..., :C, :], f.to_end[..., :C, :]
     dQ.addcmul_(d.dQ, from_start)
     dK.addcmul_(d.dK, from_start).addcmul_(d.dW, to_end)
     assert d.dfade is not None
@@ -123,11 +132,7 @@ def gated_chunkwise_backward(
     if f.whole.shape[-2] == 1:  # one gate a head: it is in every channel's exponent
         by_gate = [z.sum(-1, keepdim=True) for z in by_gate]
     dupto, dafter, dtotal = by_gate
-    dg = sums_backward(dlevels, dupto, dafter, dtotal)
-    likes = (q, k, v, beta[..., None], by_row(log_decay))
-    grads = zip((dQ, dK, d.dV, d.dbeta, dg), likes, strict=True)
-    dq, dk, dv, dbeta, dlog_decay = (wy.tokens(z, like) for z, like in grads)
-    return dq, dk, dv, dbeta[..., 0], dlog_decay.view(log_decay.shape), dS0.view(dstate.shape)
+    return (dQ, dK, d.dV, d.dbeta, decay.sums_backward(dsums, dupto, dafter, dtotal)), D
 
 
 def like(dg: Tensor, log_decay: Tensor) -> Tensor:

@@ -1,10 +1,13 @@
 """The chunk form in PyTorch, step by step: each step against its definition, the whole against the token loop."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 
+from gdr_teach import delta_rule, gated_delta_rule
 from gdr_teach.chunkwise import wy
-from gdr_teach.testing import assert_rows_close, delta_inputs, delta_oracle
+from gdr_teach.testing import assert_rows_close, delta_inputs, delta_oracle, gated_inputs
 
 SIZES = [
     (2, 7, 2, 5, 3, 4),
@@ -41,7 +44,9 @@ def test_there_and_back(size):
     x = torch.randn(B, T, H, K, dtype=torch.float64)
     y = wy.chunks(x, C)
     assert y.shape == (-(-T // C), B * H, C, K)
-    assert torch.equal(wy.tokens(y, x), x)
+    back = torch.full_like(x, torch.nan)
+    wy.put(y, back)
+    assert torch.equal(back, x)
     assert torch.equal(y[0, 0, 0], x[0, 0, 0])
     assert y.numel() == x.numel() or not y[-1, :, T % C :].any()  # filled up with zeros
 
@@ -97,5 +102,35 @@ def test_the_delta_rule_by_hand():
     operands = wy.Chunks(Q, K, K, V, b, (Q @ K.mT).tril(), (K @ K.mT).tril(-1))
     O, last, _ = wy.forward(operands, x.initial_state.flatten(0, 1), 5**-0.5)
     want = delta_oracle(*x[:4], initial_state=x.initial_state)
-    assert_rows_close(wy.tokens(O, x.v), want.o, rtol=1e-12, name="o")
+    o = torch.full_like(x.v, torch.nan)
+    wy.put(O, o)
+    assert_rows_close(o, want.o, rtol=1e-12, name="o")
     assert_rows_close(last[None], want.state, rtol=1e-12, name="state")
+
+
+@pytest.mark.parametrize("T", [0, 1, 7, 32, 33])
+def test_segments_are_whole_chunks_that_cover_the_sequence(T, monkeypatch):
+    q, v = torch.zeros(2, T, 3, 4), torch.zeros(2, T, 3, 5)
+    for numbers, chunks in ((1, 1), (2 * 3 * 5 * 8 * 2, 2), (1 << 30, 1 << 20)):
+        monkeypatch.setattr(wy, "SEGMENT", numbers)
+        got = wy.segments(q, v, 8)
+        assert got[0].start == 0
+        assert got[-1].stop == T
+        assert all(s.stop == t.start for s, t in pairwise(got))
+        assert all(s.stop - s.start == 8 * chunks for s in got[:-1])
+        assert got[-1].stop - got[-1].start <= 8 * chunks
+
+
+@pytest.mark.parametrize("per", [None, "head", "channel"])
+def test_segments_change_no_bit(per, monkeypatch):
+    x = gated_inputs(2, 101, 2, 5, 3, per=per or "head")
+    rule, operands = (gated_delta_rule, x[:5]) if per else (delta_rule, x[:4])
+
+    def run():
+        leaves = [y.clone().requires_grad_() for y in operands]
+        o, state = rule(*leaves, initial_state=x.initial_state, backend="torch", mode="chunk")
+        return o, state, *torch.autograd.grad((o.sum(), (state**2).sum()), leaves)
+
+    want = run()
+    monkeypatch.setattr(wy, "SEGMENT", 1)
+    assert all(torch.equal(x, y) for x, y in zip(run(), want, strict=True))

@@ -3,17 +3,13 @@
 import pytest
 import torch
 
-from gdr_teach.chunkwise.levels import (
-    corners,
-    decayed_scores,
-    decayed_scores_backward,
-    factors,
-    sums_backward,
-)
+from gdr_teach.chunkwise import levels, pairs
 from gdr_teach.testing import assert_rows_close
 
 every_size = pytest.mark.parametrize("C", [1, 2, 3, 8, 13])
-every_width = pytest.mark.parametrize("width", [1, 4])
+both = pytest.mark.parametrize(
+    ("decay", "width"), [(pairs, 1), (levels, 4)], ids=["a head", "a channel"]
+)
 
 
 def pairwise(x, y, g):
@@ -32,26 +28,26 @@ def drawn(C, width):
 
 
 @every_size
-@every_width
-def test_scores(C, width):
+@both
+def test_scores(decay, width, C):
     q, k, g = drawn(C, width)
-    A, L = decayed_scores(q, k, factors(g), torch.float64)
+    A, L = decay.decayed_scores(q, k, decay.factors(g), torch.float64)
     assert_rows_close(A, pairwise(q, k, g), rtol=1e-13, name="A")
     assert_rows_close(L, pairwise(k, k, g).tril(-1), rtol=1e-13, name="L")
 
 
 @every_size
-@every_width
-def test_their_gradients(C, width):
+@both
+def test_their_gradients(decay, width, C):
     leaves = [z.requires_grad_() for z in drawn(C, width)]
     q, k, g = leaves
     A, L = pairwise(q, k, g), pairwise(k, k, g).tril(-1)
     dA, dL = torch.randn_like(A), torch.randn_like(L)
     wants = torch.autograd.grad((A, L), leaves, (dA, dL), allow_unused=True)
     with torch.no_grad():
-        dq, dk, levels = decayed_scores_backward(dA, dL, q, k, factors(g))
+        dq, dk, dsums = decay.decayed_scores_backward(dA, dL, q, k, decay.factors(g))
         none = torch.zeros_like(g)
-        dg = sums_backward(levels, none, none, none[..., :1, :])
+        dg = decay.sums_backward(dsums, none.clone(), none.clone(), none[..., :1, :])
     for name, got, want in zip(("dq", "dk", "dg"), (dq, dk, dg), wants, strict=True):
         assert_rows_close(
             got, torch.zeros_like(got) if want is None else want, rtol=1e-12, name=name
@@ -59,10 +55,10 @@ def test_their_gradients(C, width):
 
 
 @every_size
-@every_width
-def test_factors_of_the_whole_chunk_and_their_gradients(C, width):
+@both
+def test_factors_of_the_whole_chunk_and_their_gradients(decay, width, C):
     g = drawn(C, width)[2].requires_grad_()
-    f = factors(g)
+    f = decay.factors(g)
     upto = g.cumsum(-2)
     want = upto.exp(), (upto[..., -1:, :] - upto).exp(), upto[..., -1:, :].exp()
     got = f.from_start[..., :C, :], f.to_end[..., :C, :], f.whole.mT
@@ -70,24 +66,27 @@ def test_factors_of_the_whole_chunk_and_their_gradients(C, width):
     for name, x, y in zip(("from_start", "to_end", "whole"), got, want, strict=True):
         assert_rows_close(x, y, rtol=1e-13, name=name)
     (dg,) = torch.autograd.grad(want, g, back)
-    levels = [(torch.zeros_like(x), torch.zeros_like(y)) for x, y in f.levels]
+    if decay is levels:
+        none = [(torch.zeros_like(x), torch.zeros_like(y)) for x, y in f.levels]
+    else:
+        none = torch.zeros_like(f.E)
     exponents = [x.detach() * y for x, y in zip(want, back, strict=True)]
-    assert_rows_close(sums_backward(levels, *exponents), dg, rtol=1e-12, name="dg")
+    assert_rows_close(decay.sums_backward(none, *exponents), dg, rtol=1e-12, name="dg")
 
 
 def test_corners_are_a_view_that_covers_every_pair_once():
-    seen = torch.eye(16)
+    seen = torch.eye(16).repeat(3, 1, 1)
     for h in (1, 2, 4, 8):
-        corners(seen, h).add_(1)
-    assert torch.equal(seen, torch.ones(16, 16).tril())
+        levels.corners(seen, h).add_(1)
+    assert torch.equal(seen, torch.ones(16, 16).tril().expand_as(seen))
 
 
-@pytest.mark.parametrize("width", [1, 4])
-def test_a_score_depends_on_no_later_gate(width):
+@both
+def test_a_score_depends_on_no_later_gate(decay, width):
     q, k, g = drawn(16, width)
-    before = decayed_scores(q, k, factors(g), torch.float64)
+    before = decay.decayed_scores(q, k, decay.factors(g), torch.float64)
     for t in (1, 7, 8, 15):
         other = torch.cat([g[:, :t], 3 * g[:, t:]], dim=1)
-        after = decayed_scores(q, k, factors(other), torch.float64)
+        after = decay.decayed_scores(q, k, decay.factors(other), torch.float64)
         assert all(torch.equal(x[:, :t], y[:, :t]) for x, y in zip(before, after, strict=True))
         assert not torch.equal(before[0][:, t], after[0][:, t])
