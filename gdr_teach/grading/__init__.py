@@ -8,6 +8,7 @@ Reading order, from the data to the verdict:
 4. `server`, `worker`        the processes that run the learner's code; they hold no reference
 5. `client`, `job`, `grade`  the process that holds the references and takes the verdict
 6. `notebook`, `progress`    what a learner calls, and what is remembered
+7. `classroom`, `exports`, `assign`      many learners: their notebooks, what an instructor takes away, bundles for them
 
 Importing this package imports neither torch nor triton. docs/grading.md explains the design and its limits.
 """

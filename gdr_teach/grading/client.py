@@ -27,6 +27,7 @@ class Server:
         self.limits = limits or Limits()
         self.confined = confined  # False: as on a system that has neither Landlock nor seccomp
         self.has_triton = False
+        self._stopped = False
         self._process: subprocess.Popen | None = None
         self._control: socket.socket | None = None
         self.scratch = Path()
@@ -43,7 +44,9 @@ class Server:
         return self._process.pid if self._process else None
 
     def start(self) -> socket.socket:
-        """The control channel of a running server. Raises: RuntimeError when none can be started."""
+        """The control channel of a running server. Raises: RuntimeError when none can be started, Lost when stopped."""
+        if self._stopped:
+            raise Lost(say("reason.killed"))
         if self._control and self._process and self._process.poll() is None:
             return self._control
         self.close()
@@ -69,6 +72,9 @@ class Server:
             self.close()
             raise RuntimeError(f"the grading server did not start: {said}") from error
         self.has_triton = hello.get("triton") is True
+        if self._stopped:  # while it started
+            self.close()
+            raise Lost(say("reason.killed"))
         return ours
 
     @contextmanager
@@ -113,6 +119,11 @@ class Server:
         except (Ended, Garbled, TimeoutError):
             self.close()
             return None
+
+    def stop(self) -> None:
+        """End the server for good, while another thread may be waiting for it: that one is told Lost."""
+        self._stopped = True
+        self.close()
 
     def close(self) -> None:
         """End the server. What it forked ends with it."""

@@ -26,6 +26,11 @@ def pick(by_language: Mapping[str, Any]) -> Any:
     return by_language.get(language(), by_language[DEFAULT])
 
 
+def printable(text: str) -> str:
+    """Text that a file system or a learner made up, fit for one line of a report."""
+    return "".join(c if c.isprintable() else "?" for c in text)
+
+
 @cache
 def _sentences(code: str) -> dict[str, str]:
     file = Path(__file__).parent / "text" / f"{code}.toml"

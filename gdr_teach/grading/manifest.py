@@ -1,5 +1,6 @@
 """exercises/manifest.toml, the one order of exercises and tasks, and where the repository is."""
 
+import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -86,6 +87,14 @@ def find_exercise(root: Path, name: str) -> Exercise:
             return exercise
     known = ", ".join(exercise.id for exercise in exercises(root))
     raise UnusableInput(say("cli.no_exercise", name=name, known=known))
+
+
+def part_of(root: Path, ids: Sequence[str]) -> str:
+    """The manifest's text with the exercises of these ids only."""
+    text = (root / PLACE).read_text(encoding="utf-8")
+    head, *entries = re.split(r"(?m)^(?=\[\[exercise\]\]$)", text)
+    kept = [entry for entry in entries if tomllib.loads(entry)["exercise"][0]["id"] in ids]
+    return head + "".join(kept)
 
 
 def _exercise(entry: dict) -> Exercise:

@@ -13,6 +13,7 @@ import pytest
 
 from gdr_teach import cli
 from gdr_teach.grading import progress
+from gdr_teach.grading.manifest import exercises
 
 TEMPLATE = Path("exercises") / "02_delta_rule.ipynb"
 OWN = Path("my") / "02_delta_rule.ipynb"
@@ -57,21 +58,23 @@ def test_a_learner_s_way_through_the_course(course, root):
     """my, next, grade, progress, reset: nothing of the learner's is overwritten on the way."""
     assert "new" in run("my", cwd=course).stdout
     assert OWN.read_bytes() == TEMPLATE.read_bytes()
-    solved = (root / "solutions" / TEMPLATE.name).read_bytes()
-    OWN.write_bytes(solved)
+    for own in Path("my").glob("*.ipynb"):
+        own.write_bytes((root / "solutions" / own.name).read_bytes())
+    solved = OWN.read_bytes()
     assert "kept" in run("my", cwd=course).stdout
-    assert "02.read" in run("next", cwd=course).stdout
+    first = exercises(course)[0].tasks[0].id
+    assert first in run("next", cwd=course).stdout
     assert OWN.read_bytes() == solved
 
-    graded = run("grade", OWN, cwd=course)
+    graded = run("grade", "my", cwd=course)
     assert graded.returncode == 0
-    assert "16 of 16" in graded.stdout
+    assert "02_delta_rule: 16 of 16" in graded.stdout
     assert "[x] 02.delta_kernel" in run("progress", cwd=course).stdout
     assert "Every task" in run("next", cwd=course).stdout
 
     assert run("reset", "02", cwd=course).returncode == 0
     assert OWN.read_bytes() == TEMPLATE.read_bytes()
-    copies = [path for path in Path("my").glob("*.ipynb") if path.name != OWN.name]
+    copies = list(Path("my").glob(f"{OWN.stem}.*.ipynb"))
     assert [copy.read_bytes() for copy in copies] == [solved]
 
 
@@ -79,7 +82,9 @@ def test_unusable_input_is_2_and_the_others_are_graded(course):
     Path("broken_02_delta_rule.ipynb").write_text("{")
     done = run("grade", "none.ipynb", "broken_02_delta_rule.ipynb", TEMPLATE, "--json", cwd=course)
     assert done.returncode == 2
-    assert [report["score"] for report in json.loads(done.stdout)["notebooks"]] == [0]
+    none, broken, graded = json.loads(done.stdout)["notebooks"]
+    assert list(none) == list(broken) == ["learner", "path", "error"]
+    assert graded["score"] == 0
     assert "none.ipynb cannot be opened" in done.stderr
     assert "not a notebook" in done.stderr
     assert "Traceback" not in done.stderr
