@@ -5,6 +5,7 @@ State S of shape [K, V] (the transpose of the textbook's S_t), key k_t, value v_
     S_t = S_{t-1} + k_t v_t^T                       write: Hebb's rule, one outer product          (1.1)
     o_t = scale * S_t^T q_t                         read                                           (1.2)
     S^T k_j = |k_j|^2 v_j + sum_{i != j} (k_i . k_j) v_i       what comes back: value + crosstalk  (1.3)
+    mean |S^T k_j - v_j|^2 = (T - 1) / K            T random unit keys, unit values                (1.3b)
     O = scale * (Q S_0 + tril(Q K^T) V)             all reads at once: causal linear attention     (1.4)
 
 Orthonormal keys recall exactly; all others disturb each other, and nothing is ever taken out. Everything is

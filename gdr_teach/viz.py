@@ -159,6 +159,68 @@ def recall_by_pairs(pairs: Sequence[int], errors: Mapping[str, Sequence[float]],
     )
 
 
+def recall_by_width(
+    pairs: Sequence[int],
+    measured: Mapping[int, Sequence[float]],
+    expected: Mapping[int, Sequence[float]],
+) -> Figure:
+    """Recall error against the number of stored pairs, one key width a curve: a line expected, dots measured.
+
+    Args: pairs, the numbers of pairs stored; measured and expected, key width K -> root mean square error at each.
+    """
+    fig, ax = _axes()
+    for (K, y), (colour, marker, dashes) in zip(expected.items(), STYLES, strict=False):
+        ax.plot(pairs, y, color=colour, ls=dashes)
+        ax.plot(pairs, measured[K], marker, color=colour, mfc="white", ms=5)
+        ax.plot([], [], color=colour, ls=dashes, marker=marker, mfc="white", ms=5, label=f"K = {K}")
+    ax.axhline(1, color="0.5", lw=1)
+    ax.annotate("as bad as answering zero", (0, 1), xycoords=("axes fraction", "data"), xytext=(4, 3),
+                textcoords="offset points", color="0.35", fontsize="small")  # fmt: skip
+    _powers_of_two(ax.xaxis, pairs)
+    ax.set_yscale("log")
+    ax.set_yticks(
+        [0.05, 0.1, 0.2, 0.5, 1, 2, 5], labels=["0.05", "0.1", "0.2", "0.5", "1", "2", "5"]
+    )
+    ax.yaxis.minorticks_off()
+    ax.set_xlabel("stored pairs T (doubling)")
+    ax.set_ylabel("recall error, root mean square\n(no unit, log scale)")
+    ax.legend(frameon=False, title="line expected, marker measured", loc="lower right")
+    ends = "; ".join(
+        f"width {K}: {y[0]:.2f} measured with {pairs[0]} pairs, {expected[K][0]:.2f} expected, and {y[-1]:.2f} "
+        f"with {pairs[-1]}, {expected[K][-1]:.2f} expected"
+        for K, y in measured.items()
+    )
+    return describe(
+        fig,
+        "Line chart with logarithmic axes of the recall error against the number of stored pairs, one line a key "
+        f"width: measured markers lie on the expected lines, which rise in parallel, wider keys lower. {ends}.",
+    )
+
+
+def stored_numbers(tokens: Sequence[int], numbers: Mapping[str, Sequence[int]]) -> Figure:
+    """How many numbers a model keeps against the tokens it has read, one curve a way of keeping them.
+
+    Args: tokens, token counts; numbers, name -> numbers kept after each.
+    """
+    fig, ax = _axes()
+    _curves(ax, tokens, numbers)
+    _powers_of_two(ax.xaxis, tokens)
+    ax.set_yscale("log")
+    ax.yaxis.minorticks_off()
+    ax.set_xlabel("tokens read t (doubling)")
+    ax.set_ylabel("numbers kept for one head\n(log scale)")
+    ax.legend(frameon=False)
+    ends = "; ".join(
+        f"{name}: {y[0]:,} numbers after {_tokens(tokens[0])}, {y[-1]:,} after {_tokens(tokens[-1])}"
+        for name, y in numbers.items()
+    )
+    return describe(
+        fig,
+        "Line chart with logarithmic axes of the numbers that one head keeps against the tokens it has read. "
+        f"{ends}.",
+    )
+
+
 def recall_by_age(errors: Mapping[str, Sequence[float]]) -> Figure:
     """Mean recall error of a pair against how many writes came after it, one curve a rule.
 
@@ -167,6 +229,7 @@ def recall_by_age(errors: Mapping[str, Sequence[float]]) -> Figure:
     fig, ax = _axes()
     ages = list(range(len(next(iter(errors.values())))))
     _curves(ax, ages, errors)
+    ax.set_ylim(bottom=min(0, ax.get_ylim()[0]))
     ax.set_xlabel("age: writes since the pair was stored")
     ax.set_ylabel(r"mean recall error $|S^T k - v|\,/\,|v|$")
     ax.legend(frameon=False)
@@ -216,7 +279,20 @@ def _axes() -> tuple[Figure, Any]:
 
 def _curves(ax, x: Sequence[float], lines: Mapping[str, Sequence[float]]) -> None:
     for (name, y), (colour, marker, dashes) in zip(lines.items(), STYLES, strict=False):
-        ax.plot(x, y, color=colour, marker=marker, ls=dashes, ms=4.5, label=name)
+        every = max(1, len(x) // 32)  # or the markers hide the dashes
+        ax.plot(x, y, color=colour, marker=marker, ls=dashes, ms=4.5, label=name, markevery=every)
+
+
+def _powers_of_two(axis, at: Sequence[int]) -> None:
+    # every number of `at` a tick, written out; every second one when there are many
+    axis.axes.set_xscale("log", base=2)
+    shown = at if len(at) <= 10 else at[::2]
+    axis.set_ticks(shown, labels=[f"{x:,}" for x in shown])
+    axis.set_tick_params(which="minor", length=0)
+
+
+def _tokens(count: int) -> str:
+    return f"{count:,} token" + ("" if count == 1 else "s")
 
 
 def _at(x: Sequence[float], y: Sequence[float], at: float) -> str:
@@ -234,30 +310,59 @@ def states(panels: Mapping[str, Any], *, alt: str | None = None) -> Figure:
     S = {title: np.asarray(x, dtype=float) for title, x in panels.items()}
     top = max(float(np.abs(x).max(initial=0.0)) for x in S.values()) or 1.0
     K, V = next(iter(S.values())).shape
-    fig = Figure(figsize=(1.2 + 2.1 * len(S), 2.9), layout="constrained")
-    axes = fig.subplots(1, len(S), squeeze=False)[0]
+    labels = ("value channel (V)", "key channel (K)", "entry of S (units of v)")
+    fig = _heat_maps(S, top, labels, size=(1.2 + 2.1 * len(S), 2.9))
+    words = f"Heat maps of states with {K} key channels (rows) and {V} value channels (columns). {_rows(S)}. "
+    return describe(fig, words + (alt or ""))
+
+
+def overlaps(panels: Mapping[str, Any]) -> Figure:
+    """Overlaps of keys side by side: entry (j, i) is k_j . k_i, how loudly pair i answers when key j asks.
+
+    Args: panels, title -> the T x T overlaps of unit keys, T at most 8.
+    """
+    G = {title: np.asarray(x, dtype=float) for title, x in panels.items()}
+    T = len(next(iter(G.values())))
+    labels = ("pair i that answers", "key j that asks", r"overlap $k_j^\top k_i$ (no unit)")
+    fig = _heat_maps(G, 1.0, labels, size=(1.0 + 2.6 * len(G), 2.9))
+    words = f"Heat maps of the overlaps of {T} unit keys; row j: how loudly each pair answers to key j. "
+    return describe(fig, words + f"{_rows(G)}.")
+
+
+def _heat_maps(
+    panels: Mapping[str, np.ndarray],
+    top: float,
+    labels: tuple[str, str, str],
+    size: tuple[float, float],
+) -> Figure:
+    # one colour scale from -top to top; labels: columns, rows, colour bar
+    columns, rows, bar = labels
+    fig = Figure(figsize=size, layout="constrained")
+    axes = fig.subplots(1, len(panels), squeeze=False)[0]
     ends = [[channel / 255 for channel in sign] for sign in (NEGATIVE, POSITIVE)]
     signs = LinearSegmentedColormap.from_list("signs", [ends[0], (1, 1, 1), ends[1]])
-    for ax, (title, x) in zip(axes, S.items(), strict=True):
+    for ax, (title, x) in zip(axes, panels.items(), strict=True):
         picture = ax.imshow(x, cmap=signs, vmin=-top, vmax=top, aspect="auto")
         ax.set_title(title, fontsize="medium")
-        ax.set_xlabel("value channel (V)")
-        ax.set_xticks(range(V))
-        ax.set_yticks(range(K))
+        ax.set_xlabel(columns)
+        ax.set_xticks(range(x.shape[1]))
+        ax.set_yticks(range(x.shape[0]))
         if x.size <= 64:
             for (i, j), cell in np.ndenumerate(x):
-                dark = cell > 0.6 * top
+                dark = cell > 0.93 * top  # where black and white are equally readable
                 ax.text(j, i, _number(cell), ha="center", va="center", fontsize="small",
                         color="white" if dark else "black")  # fmt: skip
-    axes[0].set_ylabel("key channel (K)")
-    fig.colorbar(picture, ax=list(axes), label="entry of S (units of v)", shrink=0.9)
-    rows = ". ".join(
+    axes[0].set_ylabel(rows)
+    fig.colorbar(picture, ax=list(axes), label=bar, shrink=0.9)
+    return fig
+
+
+def _rows(panels: Mapping[str, np.ndarray]) -> str:
+    return ". ".join(
         f"{title}: " + "; ".join(", ".join(_number(c) for c in row) for row in x)
-        for title, x in S.items()
+        for title, x in panels.items()
         if x.size <= 64
     )
-    words = f"Heat maps of states with {K} key channels (rows) and {V} value channels (columns). {rows}. "
-    return describe(fig, words + (alt or ""))
 
 
 class Step(NamedTuple):

@@ -69,6 +69,14 @@ def test_recall_error_of_two_keys_is_their_cosine():
     assert far(error, torch.full((2,), c, dtype=torch.float64)) <= TIGHT
 
 
+@pytest.mark.parametrize(("T", "K"), [(2, 5), (9, 4), (40, 16)])
+def test_squared_error_of_random_unit_keys(T, K):
+    k, v = (torch.nn.functional.normalize(draw(4000, T, width), dim=-1) for width in (K, 3))
+    v[:, 1:] = v[:, :1]  # whatever the values: here all of a memory are the same
+    error = memory.recall_error(memory.hebbian_state(k, v), k, v).square().mean(-1)
+    assert abs(error.mean() - (T - 1) / K) <= 5 * error.std() / 4000**0.5  # (1.3b)
+
+
 def test_read_scales_and_is_linear():
     S, q = draw(2, 3, 5), draw(2, 3)
     assert far(memory.read(S, q, scale=0.5), 0.5 * memory.read(S, q)) <= TIGHT

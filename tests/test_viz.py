@@ -25,14 +25,27 @@ EXAMPLES = {  # figure function -> a call, and words its alt text must hold
         ("0.50 at 4 pairs", "0.90 at 8"),
     ),
     "recall_by_age": (lambda: viz.recall_by_age({"a": [0.0, 0.5], "b": [1.0, 1.25]}), ("1.25",)),
+    "recall_by_width": (
+        lambda: viz.recall_by_width([2, 8], {4: [0.4, 1.3]}, {4: [0.5, 1.32]}),
+        ("width 4", "0.40 measured with 2 pairs", "1.32 expected"),
+    ),
+    "stored_numbers": (
+        lambda: viz.stored_numbers([1, 1024], {"cache": [8, 8192], "state": [16, 16]}),
+        ("cache: 8 numbers after 1 token, 8,192 after 1,024 tokens", "state: 16"),
+    ),
     "error_by_beta": (lambda: viz.error_by_beta([0, 1, 2.5], [1, 0, 1.5]), ("1.50", "beta 2.5")),
     "states": (lambda: viz.states({"before": STATE, "after": 2 * STATE}), ("−0.50", "4.00")),
+    "overlaps": (
+        lambda: viz.overlaps({"alike": [[1.0, 0.8], [0.8, 1.0]], "apart": np.eye(2)}),
+        ("2 unit keys", "alike: 1.00, 0.80; 0.80, 1.00", "apart"),
+    ),
 }
 
 
 def test_every_figure_function_has_an_example():
     functions = inspect.getmembers(viz, inspect.isfunction)
-    returns = {n for n, f in functions if f.__annotations__.get("return") is Figure}
+    public = [(n, f) for n, f in functions if not n.startswith("_")]
+    returns = {n for n, f in public if f.__annotations__.get("return") is Figure}
     assert returns - {"describe"} == set(EXAMPLES)
 
 
@@ -111,8 +124,30 @@ def test_numbers_in_cells_are_readable():
     for sign in (viz.POSITIVE, viz.NEGATIVE):  # the scrubber: #111 on at most three quarters
         assert contrast((17, 17, 17), mixed(sign, 0.75)) >= 4.5
     assert contrast((0, 0, 0), mixed(viz.NEGATIVE, 1)) >= 4.5  # heat maps
-    assert contrast((0, 0, 0), mixed(viz.POSITIVE, 0.6)) >= 4.5
-    assert contrast((255, 255, 255), mixed(viz.POSITIVE, 1)) >= 4.5
+    assert contrast((0, 0, 0), mixed(viz.POSITIVE, 0.93)) >= 4.5
+    for share in (0.93, 1):
+        assert contrast((255, 255, 255), mixed(viz.POSITIVE, share)) >= 4.5
+    texts = viz.states({"S": [[1.0, 0.92, 0.94, -1.0]]}).axes[0].texts
+    assert [text.get_color() for text in texts] == ["white", "black", "white", "black"]
+
+
+def test_an_age_axis_starts_at_zero():
+    assert viz.recall_by_age({"a": [0.5, 0.9]}).axes[0].get_ylim()[0] <= 0
+
+
+def test_overlaps_share_one_scale_and_carry_their_numbers():
+    fig = viz.overlaps({"alike": [[1.0, 0.8], [0.8, 1.0]], "apart": np.eye(2)})
+    panels = [ax for ax in fig.axes if ax.images]
+    assert [ax.images[0].get_clim() for ax in panels] == [(-1.0, 1.0)] * 2
+    assert [text.get_text() for text in panels[0].texts] == ["1.00", "0.80", "0.80", "1.00"]
+
+
+def test_measured_markers_lie_where_they_were_measured():
+    fig = viz.recall_by_width([2, 8], {4: [0.4, 1.3]}, {4: [0.5, 1.32]})
+    line, dots, *_ = fig.axes[0].lines
+    assert list(line.get_ydata()) == [0.5, 1.32]
+    assert list(dots.get_ydata()) == [0.4, 1.3]
+    assert dots.get_linestyle() == "None"  # no second line beside the expected one
 
 
 def test_source_is_the_installed_source(displayed):
