@@ -9,9 +9,7 @@ from functools import partial
 import numpy as np
 
 from ..checks import Check, Untouched
-
-Rng = np.random.Generator
-
+from .data import Rng, memory, memory_without_key, mistakes, normal, returning_keys, two_sizes
 
 # -- the rule, right and wrong ---------------------------------------------------------------------
 
@@ -50,30 +48,9 @@ def walk(q, k, v, beta, scale, initial, mistake=""):
 # -- inputs ----------------------------------------------------------------------------------------
 
 
-def normal(rng: Rng, *shape: int) -> np.ndarray:
-    return rng.standard_normal(shape).astype(np.float32)
-
-
-def two_sizes(rng: Rng) -> tuple[int, int]:
-    """K and V, never equal."""
-    K, V = rng.choice(np.arange(3, 9), 2, replace=False)
-    return int(K), int(V)
-
-
-def unit(k: np.ndarray) -> np.ndarray:
-    return (k / np.linalg.norm(k, axis=-1, keepdims=True)).astype(np.float32)
-
-
-def memory(rng: Rng) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """A filled state, a key of length one, a value."""
-    K, V = two_sizes(rng)
-    return normal(rng, K, V), unit(normal(rng, K)), normal(rng, V)
-
-
 def sequence(rng: Rng, B: int, T: int, H: int, K: int, V: int, scale: float | None = None):
     """The arguments of a whole recurrence; keys come back, and the state is not empty at the start."""
-    k = unit(normal(rng, B, T, H, K)) * rng.uniform(0.8, 1.1, (B, T, H, 1)).astype(np.float32)
-    k[:, 3::4] = k[:, 1 : T - 2 : 4]  # a key met again two tokens later
+    k = returning_keys(rng, B, T, H, K)
     beta = rng.uniform(0.3, 1.3, (B, T, H)).astype(np.float32)
     scale = float(rng.uniform(0.2, 0.6)) if scale is None else scale
     return (
@@ -121,9 +98,7 @@ def draw_overwrite(rng: Rng):
 
 def draw_empty_key(rng: Rng):
     """A memory that holds nothing under k, so that the erasing does not matter."""
-    S, k, v = memory(rng)
-    S -= np.outer(k, k @ S)
-    return S, k, v, float(rng.uniform(0.3, 0.7))
+    return *memory_without_key(rng), float(rng.uniform(0.3, 0.7))
 
 
 def draw_half_step(rng: Rng):
@@ -138,10 +113,6 @@ def draw_long_key(rng: Rng):
 
 def one_step(S, k, v, beta, mistake=""):
     return (step(S, k, v, beta, mistake),)
-
-
-def mistakes(model, *names: str):
-    return {name: partial(model, mistake=name) for name in names}
 
 
 STEP = (
