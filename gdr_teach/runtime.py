@@ -78,7 +78,11 @@ def new_empty(shape: tuple[int, ...], *, dtype: torch.dtype, device: torch.devic
 
 @contextlib.contextmanager
 def poisoned(value: float = float("nan")) -> Iterator[None]:
-    """Inside, every output buffer starts full of `value`: an element that no program stores cannot hide."""
+    """Inside, what is undefined is full of `value`, so that using it cannot hide.
+
+    That is: every element of an output buffer until it is stored, and, interpreted, every lane that a load with a mask
+    and without `other=` leaves out (for integers: the smallest there is).
+    """
     _fill.append(value)
     try:
         yield
@@ -340,6 +344,18 @@ def _narrow(data):
     return TensorHandle(np.where(np.isnan(data), np.uint16(0x7FC0), rounded), tl.bfloat16)
 
 
+def _filled(dtype: tl.dtype, shape: tuple[int, ...]):
+    """A block of what `poisoned` fills memory with; of an integer type, of its smallest number."""
+    import numpy as np
+    from triton.runtime.interpreter import TensorHandle, _get_np_dtype
+
+    if dtype == tl.bfloat16:
+        return _narrow(np.full(shape, _fill[-1], dtype=np.float32))
+    kind = np.dtype(_get_np_dtype(dtype))
+    value = np.iinfo(kind).min if kind.kind in "iu" else _fill[-1]
+    return TensorHandle(np.full(shape, value, dtype=kind), dtype)
+
+
 def _is_bf16(*handles) -> bool:
     return any(getattr(getattr(h, "dtype", None), "scalar", None) == tl.bfloat16 for h in handles)
 
@@ -414,6 +430,8 @@ def _builder_class():
 
         def create_masked_load(self, ptrs, mask, other, *options, **named):
             self._tell("loaded", ptrs, mask)
+            if other is None and _fill:  # compiled, the lanes that are off hold anything at all
+                other = _filled(ptrs.get_element_ty(), np.shape(ptrs.data))
             return super().create_masked_load(ptrs, mask, other, *options, **named)
 
         def create_masked_store(self, ptrs, value, mask, *options, **named):

@@ -83,8 +83,7 @@ print(read_all(S, queries, 0.5))
 # others add. Return the sum alone. Keys can have any length, and another pair may have the very same key: it counts as
 # one of the others.
 #
-# **Given** `k [N, K]`, `v [N, V]` and the index `j` of a pair, counted from 0. In the checks `j` is a tensor without
-# axes; it indexes, slices and compares as an `int` does. **Return** the interference `[V]`.
+# **Given** `k [N, K]`, `v [N, V]` and the index `j` of a pair, counted from 0. **Return** the interference `[V]`.
 #
 # **Example**, N = 3, K = 2 and V = 3. The keys are `[2, 0]`, `[1, 1]`, `[0, 3]`, the values `[1, 0, 0]`, `[0, 1, 0]`,
 # `[0, 0, 1]`, and `j = 1`. Key 0 resembles key 1 by 2, key 2 does by 3, so the interference is `[2, 0, 3]`.

@@ -179,6 +179,24 @@ def test_poison():
     assert make().shape == (3, 2)
 
 
+@kernel
+def loads_without_other_kernel(p_x, p_y, n, BLOCK: tl.constexpr):
+    """y = x where it was loaded; what stands in the other lanes is nobody's business."""
+    i = tl.arange(0, BLOCK)
+    tl.store(p_y + i, tl.load(p_x + i, mask=i < n))
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int32]
+)
+def test_poison_where_a_load_leaves_out_lanes(dtype):
+    x, y = torch.arange(4).to(dtype), torch.zeros(4, dtype=dtype)
+    with poisoned():
+        loads_without_other_kernel[(1,)](x, y, 3, 4)
+    assert torch.equal(y[:3], x[:3])
+    assert y[3] == torch.iinfo(dtype).min if dtype == torch.int32 else y[3].isnan()
+
+
 @pytest.mark.parametrize(("n", "power"), [(0, 1), (1, 1), (2, 2), (3, 4), (64, 64), (65, 128)])
 def test_next_power_of_2(n, power):
     assert next_power_of_2(n) == power

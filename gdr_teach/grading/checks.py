@@ -10,7 +10,7 @@ import numpy as np
 from .language import say
 from .manifest import Task
 
-Value = np.ndarray | float  # arrays are float32, so that an answer needs no dtype= anywhere
+Value = np.ndarray | float | int  # arrays are float32, so that an answer needs no dtype= anywhere
 Arrays = tuple[np.ndarray | None, ...]  # None: this output is not looked at by this check
 
 # The mistakes the checks look for move a result by a tenth of its size or more; float32 moves it by 1e-6.
@@ -53,7 +53,7 @@ class Check:
         """The verdict on one call."""
         exact = tuple(x.astype(np.float64) if isinstance(x, np.ndarray) else x for x in drawn)
         want = self.want(*exact)
-        fault = result.failure or _form(want, result.outputs)
+        fault = result.failure or _form(task, want, result.outputs)
         if not fault and not _agree(want, result.outputs):
             fault = self._suspect(exact, result.outputs) or say(f"checks.{task.id}.{self.id}.wrong")
         return Verdict(self.id, not fault, fault or say(f"checks.{task.id}.{self.id}.right"))
@@ -83,7 +83,7 @@ def generator(seed: int, task: Task, check: Check) -> np.random.Generator:
     return np.random.default_rng([seed, zlib.crc32(f"{task.id}/{check.id}".encode())])
 
 
-def _form(want: Arrays, outputs: tuple[np.ndarray, ...]) -> str:
+def _form(task: Task, want: Arrays, outputs: tuple[np.ndarray, ...]) -> str:
     """What is wrong with number, shape, dtype or finiteness of the outputs; empty when nothing is."""
     if len(outputs) != len(want):
         return say("reason.count", got=len(outputs), want=len(want))
@@ -97,7 +97,8 @@ def _form(want: Arrays, outputs: tuple[np.ndarray, ...]) -> str:
         if got.dtype != np.float32:
             return say("reason.dtype", got=got.dtype)
         if not np.isfinite(got).all():
-            return say("reason.finite", bad=int((~np.isfinite(got)).sum()), all=got.size)
+            key = "reason.finite_kernel" if task.kind == "kernel" else "reason.finite"
+            return say(key, bad=int((~np.isfinite(got)).sum()), all=got.size)
     return ""
 
 

@@ -83,7 +83,7 @@ class Job:
     def call(self, task: Task, values: Sequence[Value], deadline: float) -> Result:
         """What the answer returns for these values. Raises: Lost when the worker does not finish."""
         arrays = [x for x in values if isinstance(x, np.ndarray)]
-        plan = ["array" if isinstance(x, np.ndarray) else float(x) for x in values]
+        plan = ["array" if isinstance(x, np.ndarray) else x for x in values]
         self.send({"kind": "call", "values": plan}, arrays)
         header, received = self._next(deadline)
         failure, count = header.get("failure"), header.get("outputs")

@@ -57,7 +57,7 @@ def run(
 def _answer_one(channel: socket.socket, job: dict[str, Any], namespace: dict[str, Any]) -> None:
     header, arrays = receive(channel)
     queue = list(arrays)
-    values = [queue.pop(0) if value == "array" else float(value) for value in header["values"]]
+    values = [queue.pop(0) if value == "array" else value for value in header["values"]]
     function = namespace[job["function"]]
     if job["kind"] == "kernel":
         outcome = call_kernel(job["task"], function, values)

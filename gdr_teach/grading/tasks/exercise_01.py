@@ -141,7 +141,7 @@ READ_ALL = (
 def draw_unit_pairs(rng: Rng):
     """Unit keys, values, and the number of a pair that has others before and after it."""
     N, K, V = sizes(rng, 3)
-    return unit(normal(rng, N, K)), normal(rng, N, V), np.array(rng.integers(1, N - 1))
+    return unit(normal(rng, N, K)), normal(rng, N, V), int(rng.integers(1, N - 1))
 
 
 def draw_long_pairs(rng: Rng):
@@ -159,7 +159,6 @@ def draw_repeated_key(rng: Rng):
 
 def crosstalk(k, v, j, mistake=""):
     """The sum over i != j of (k_i . k_j) v_i."""
-    j = int(j)
     weights, number = k @ k[j], np.arange(len(k))
     if mistake == "cosines":
         weights = weights / np.linalg.norm(k, axis=1) / np.linalg.norm(k[j])

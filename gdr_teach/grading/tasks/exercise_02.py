@@ -190,7 +190,7 @@ def without_scale(q, k, v, beta, scale, initial):
 
 
 LOOP = (
-    Check("state", small, last_state, mistakes(last_state, *RULE, *ORDER)),
+    Check("state", partial(small, scale=None), last_state, mistakes(last_state, *RULE, *ORDER)),
     Check("order", small, outputs, mistakes(outputs, "read_before_write", *RULE, *ORDER)),
     Check(
         "scale",
@@ -224,7 +224,7 @@ def many_heads(rng: Rng):
 
 KERNEL = (
     Check("rule", full_tile, walk, mistakes(walk, "read_before_write", *RULE, *ORDER)),
-    Check("scale", wide_tile, outputs, {"scale_forgotten": without_scale}),
+    Check("scale", wide_tile, walk, {"scale_forgotten": without_scale}),
     Check("masks", ragged_tile, walk),
     Check("heads", many_heads, walk),
     Untouched("untouched", full_tile, walk),
