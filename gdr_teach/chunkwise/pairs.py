@@ -13,47 +13,57 @@ import torch
 from torch import Tensor
 
 
-class Factors(NamedTuple):
-    """exp of the sums of a chunk's gates [..., C, 1]."""
+class Faded(NamedTuple):
+    """The operands of the chunk map for q, k [..., C, K], g [..., C, 1], and the factors of pairs."""
 
-    E: Tensor  # [..., C, C] exp(g_(j, i]) for i >= j, else 0
+    Q: Tensor  # [..., C, K] exp(g_(start, i]) q_i
+    K: Tensor  # [..., C, K] exp(g_(start, i]) k_i
+    W: Tensor  # [..., C, K] exp(g_(j, end]) k_j
+    whole: Tensor  # [..., 1, 1] exp(g_(start, end])
     from_start: Tensor  # [..., C, 1] exp(g_(start, i])
     to_end: Tensor  # [..., C, 1] exp(g_(j, end])
-    whole: Tensor  # [..., 1, 1] exp(g_(start, end])
+    E: Tensor  # [..., C, C]
 
 
-def factors(g: Tensor) -> Factors:
-    """All factors of g [..., C, 1] <= 0."""
-    C = g.shape[-2]
-    E = g.expand(*g.shape[:-1], C).tril(-1).cumsum(-2).exp().tril()
-    from_start = g.cumsum(-2).exp()
-    return Factors(E, from_start, E[..., -1:, :].mT, from_start[..., -1:, :])
+def fade(q: Tensor, k: Tensor, g: Tensor) -> Faded:
+    """The operands for q, k [..., C, K] and g [..., C, 1] <= 0, and all factors."""
+    E = g.expand(*g.shape[:-1], g.shape[-2]).tril(-1).cumsum(-2).exp().tril()
+    from_start, to_end = g.cumsum(-2).exp(), E[..., -1:, :].mT
+    whole = from_start[..., -1:, :]
+    return Faded(q * from_start, k * from_start, k * to_end, whole, from_start, to_end, E)
 
 
-def decayed_scores(q: Tensor, k: Tensor, f: Factors, exact: torch.dtype) -> tuple[Tensor, Tensor]:
-    """A in q's dtype and L, strictly lower, in `exact` for q, k [..., C, K]."""
+def scores(q: Tensor, k: Tensor, f: Faded, exact: torch.dtype) -> tuple[Tensor, Tensor]:
+    """A in q's dtype and L, strictly lower, in `exact`: (5.7) for the q, k [..., C, K] that `fade` had."""
     wide = k.to(exact)
-    return (q @ k.mT).mul_(f.E), (wide @ wide.mT) * f.E.tril(-1)
+    return (q @ k.mT) * f.E, (wide @ wide.mT) * f.E.tril(-1)
 
 
-def decayed_scores_backward(
-    dA: Tensor, dL: Tensor, q: Tensor, k: Tensor, f: Factors
+def backward(
+    q: Tensor, k: Tensor, f: Faded, d: tuple[Tensor, ...], dA: Tensor, dL: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dq, dk and the gradients of all exponents g_(j, i] [..., C, C], of A (q reads k) and L (k reads k, strictly).
+    """dq, dk [..., C, K], dg [..., C, 1] of `fade` and `scores` together, from d: the gradients of Q, K, W and whole.
 
-    dA, dL [..., C, C] are not read above the diagonal, dL not on it; q, k [..., C, K].
+    dA, dL [..., C, C] are not read above the diagonal, dL not on it.
     """
+    dQ, dK, dW, dwhole = d
+    # an exponent's gradient is its factor times the factor's gradient, and every channel has the same exponent
+    dfrom_start = torch.addcmul(f.Q * dQ, f.K, dK).sum(-1, keepdim=True)
+    dto_end, dwhole = (f.W * dW).sum(-1, keepdim=True), f.whole * dwhole.sum(-2, keepdim=True)
     dA, dL = dA * f.E, (dL * f.E).tril(-1)
-    dE = (q @ k.mT).mul_(dA).addcmul_(k @ k.mT, dL)
-    return dA @ k, dA.mT @ q + (dL + dL.mT) @ k, dE
+    dE = ((q @ k.mT) * dA).addcmul_(k @ k.mT, dL)
+    dq = (dA @ k).addcmul_(dQ, f.from_start)
+    dk = (dA.mT @ q + (dL + dL.mT) @ k).addcmul_(dK, f.from_start).addcmul_(dW, f.to_end)
+    return dq, dk, crossed_by(dE, dfrom_start, dto_end, dwhole)
 
 
-def sums_backward(dE: Tensor, dupto: Tensor, dafter: Tensor, dtotal: Tensor) -> Tensor:
-    """dg [..., C, 1] from the gradients of every exponent of `factors`.
+def crossed_by(dE: Tensor, dfrom_start: Tensor, dto_end: Tensor, dwhole: Tensor) -> Tensor:
+    """dg [..., C, 1] from the gradients of all exponents: the sum of those that contain the gate.
 
-    Those of E [..., C, C], of from_start and to_end [..., C, 1], and of whole [..., 1, 1]: all sums from after some
-    token j, or from the start, up to a token i, or to the end, so that token t is in those with j < t <= i.
+    dE [..., C, C], dfrom_start and dto_end [..., C, 1], dwhole [..., 1, 1]: they begin after some token j, or at the
+    start, and end with a token i, or at the end, so that token t's gate is in those with j < t <= i.
     """
-    dE = torch.cat([torch.cat([dupto, dE.tril(-1)], -1), torch.cat([dtotal, dafter.mT], -1)], -2)
+    above = torch.cat([dfrom_start, dE.tril(-1)], dim=-1)
+    dE = torch.cat([above, torch.cat([dwhole, dto_end.mT], dim=-1)], dim=-2)
     from_here_on = dE.flip(-2).cumsum(-2).flip(-2)  # the sum over all ends i >= t
     return from_here_on[..., :-1, :-1].tril().sum(-1, keepdim=True)

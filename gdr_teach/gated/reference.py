@@ -117,7 +117,7 @@ def by_row(log_decay: Tensor) -> Tensor:
 def chunk_operands(q, k, v, beta, log_decay, dtype: torch.dtype, C: int) -> wy.Chunks:
     """The operands of the chunk map."""
     x, Q, K, f = without_scores(q, k, v, beta, log_decay, dtype, C)
-    A, L = decays(log_decay).decayed_scores(Q, K, f, wy.exact_dtype(K))  # (5.7)
+    A, L = decays(log_decay).scores(Q, K, f, wy.exact_dtype(K))  # (5.7)
     return x._replace(A=A, L=L)
 
 
@@ -127,11 +127,9 @@ def decays(log_decay: Tensor) -> ModuleType:
 
 
 def without_scores(q, k, v, beta, log_decay, dtype: torch.dtype, C: int):
-    """`chunk_operands` with A and L left empty, and q, k [N, B H, C, K] and their gates' factors."""
+    """`chunk_operands` with A and L left empty, and q, k [N, B H, C, K] and what `fade` made of them."""
     operands = (q, k, v, beta[..., None], by_row(log_decay))
     Q, K, V, b, g = (wy.chunks(x.to(dtype), C) for x in operands)
-    f = decays(log_decay).factors(g)
-    from_start, to_end = f.from_start[..., :C, :], f.to_end[..., :C, :]
+    f = decays(log_decay).fade(Q, K, g)  # (5.6)
     none = Q.new_empty(0)
-    x = wy.Chunks(Q * from_start, K * from_start, K * to_end, V, b, none, none, f.whole)  # (5.6)
-    return x, Q, K, f
+    return wy.Chunks(f.Q, f.K, f.W, V, b, none, none, f.whole), Q, K, f

@@ -121,18 +121,10 @@ def _segment_backward(
     x, Q, K, f = without_scores(q, k, v, beta, log_decay, D.dtype, C)
     dO = scale * wy.chunks(do.to(D.dtype), C)
     d, D = wy.backward(x, kept, dO, D)  # (5.15) to (5.18)
-    decay = decays(log_decay)
-    dQ, dK, dsums = decay.decayed_scores_backward(d.dA, d.dL, Q, K, f)
-    from_start, to_end = f.from_start[..., :C, :], f.to_end[..., :C, :]
-    dQ.addcmul_(d.dQ, from_start)
-    dK.addcmul_(d.dK, from_start).addcmul_(d.dW, to_end)
     assert d.dfade is not None
-    # every exponent's gradient is its factor times the factor's gradient
-    by_gate = [torch.addcmul(x.Q * d.dQ, x.K, d.dK), x.W * d.dW, (f.whole * d.dfade).mT]
-    if f.whole.shape[-2] == 1:  # one gate a head: it is in every channel's exponent
-        by_gate = [z.sum(-1, keepdim=True) for z in by_gate]
-    dupto, dafter, dtotal = by_gate
-    return (dQ, dK, d.dV, d.dbeta, decay.sums_backward(dsums, dupto, dafter, dtotal)), D
+    dfaded = (d.dQ, d.dK, d.dW, d.dfade)
+    dq, dk, dg = decays(log_decay).backward(Q, K, f, dfaded, d.dA, d.dL)
+    return (dq, dk, d.dV, d.dbeta, dg), D
 
 
 def like(dg: Tensor, log_decay: Tensor) -> Tensor:

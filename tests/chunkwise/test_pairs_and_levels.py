@@ -10,6 +10,7 @@ every_size = pytest.mark.parametrize("C", [1, 2, 3, 8, 13])
 both = pytest.mark.parametrize(
     ("decay", "width"), [(pairs, 1), (levels, 4)], ids=["a head", "a channel"]
 )
+NAMES = ("Q", "K", "W", "whole", "A", "L")
 
 
 def pairwise(x, y, g):
@@ -22,56 +23,66 @@ def pairwise(x, y, g):
     return A
 
 
-def drawn(C, width):
-    q, k = torch.randn(2, 3, C, 4, dtype=torch.float64).unbind()
-    return q, k, -torch.rand(3, C, width, dtype=torch.float64)
+def by_definition(q, k, g):
+    """(5.6) and (5.7), each exponent a sum of the gates that are crossed."""
+    C = g.shape[-2]
+    upto = torch.stack([g[..., : i + 1, :].sum(-2) for i in range(C)], dim=-2).exp()
+    after = torch.stack([g[..., j + 1 :, :].sum(-2) for j in range(C)], dim=-2).exp()
+    whole = g.sum(-2, keepdim=True).exp().mT
+    return upto * q, upto * k, after * k, whole, pairwise(q, k, g), pairwise(k, k, g).tril(-1)
+
+
+def drawn(C, width, gate=None):
+    q, k = torch.randn(2, 3, 2, C, 4, dtype=torch.float64).unbind()
+    g = -torch.rand(3, 2, C, width, dtype=torch.float64)
+    return q, k, g if gate is None else torch.full_like(g, gate)
+
+
+def ours(decay, q, k, g):
+    f = decay.fade(q, k, g)
+    return f, (f.Q, f.K, f.W, f.whole, *decay.scores(q, k, f, torch.float64))
 
 
 @every_size
 @both
-def test_scores(decay, width, C):
-    q, k, g = drawn(C, width)
-    A, L = decay.decayed_scores(q, k, decay.factors(g), torch.float64)
-    assert_rows_close(A, pairwise(q, k, g), rtol=1e-13, name="A")
-    assert_rows_close(L, pairwise(k, k, g).tril(-1), rtol=1e-13, name="L")
+@pytest.mark.parametrize("gate", [None, 0.0, -20.0, -1e4, -torch.inf])
+def test_operands_and_scores(decay, width, C, gate):
+    q, k, g = drawn(C, width, gate)
+    for name, got, want in zip(NAMES, ours(decay, q, k, g)[1], by_definition(q, k, g), strict=True):
+        if want.any():
+            assert_rows_close(got, want, rtol=1e-13, name=name)
+        else:
+            assert torch.equal(got, want), name
 
 
 @every_size
 @both
 def test_their_gradients(decay, width, C):
     leaves = [z.requires_grad_() for z in drawn(C, width)]
-    q, k, g = leaves
-    A, L = pairwise(q, k, g), pairwise(k, k, g).tril(-1)
-    dA, dL = torch.randn_like(A), torch.randn_like(L)
-    wants = torch.autograd.grad((A, L), leaves, (dA, dL), allow_unused=True)
+    wanted = by_definition(*leaves)
+    given = [torch.randn_like(x) for x in wanted]
+    wants = torch.autograd.grad(wanted, leaves, given)
     with torch.no_grad():
-        dq, dk, dsums = decay.decayed_scores_backward(dA, dL, q, k, decay.factors(g))
-        none = torch.zeros_like(g)
-        dg = decay.sums_backward(dsums, none.clone(), none.clone(), none[..., :1, :])
-    for name, got, want in zip(("dq", "dk", "dg"), (dq, dk, dg), wants, strict=True):
-        assert_rows_close(
-            got, torch.zeros_like(got) if want is None else want, rtol=1e-12, name=name
-        )
+        q, k, _ = leaves
+        f, _ = ours(decay, *leaves)
+        got = decay.backward(q, k, f, tuple(given[:4]), *given[4:])
+    for name, x, want in zip(("dq", "dk", "dg"), got, wants, strict=True):
+        assert_rows_close(x, want, rtol=1e-12, name=name)
 
 
-@every_size
 @both
-def test_factors_of_the_whole_chunk_and_their_gradients(decay, width, C):
-    g = drawn(C, width)[2].requires_grad_()
-    f = decay.factors(g)
-    upto = g.cumsum(-2)
-    want = upto.exp(), (upto[..., -1:, :] - upto).exp(), upto[..., -1:, :].exp()
-    got = f.from_start[..., :C, :], f.to_end[..., :C, :], f.whole.mT
-    back = [torch.randn_like(x) for x in want]
-    for name, x, y in zip(("from_start", "to_end", "whole"), got, want, strict=True):
-        assert_rows_close(x, y, rtol=1e-13, name=name)
-    (dg,) = torch.autograd.grad(want, g, back)
-    if decay is levels:
-        none = [(torch.zeros_like(x), torch.zeros_like(y)) for x, y in f.levels]
-    else:
-        none = torch.zeros_like(f.E)
-    exponents = [x.detach() * y for x, y in zip(want, back, strict=True)]
-    assert_rows_close(decay.sums_backward(none, *exponents), dg, rtol=1e-12, name="dg")
+def test_a_gradient_beyond_a_reset_is_right(decay, width):
+    """exp(-inf) = 0: what is behind it has no part, and nothing is nan."""
+    q, k, g = drawn(8, width)
+    g[..., 3, :] = -torch.inf
+    with torch.no_grad():
+        f, found = ours(decay, q, k, g)
+        given = [torch.randn_like(x) for x in found]
+        got = decay.backward(q, k, f, tuple(x.clone() for x in given[:4]), *given[4:])
+    leaves = [z.clone().requires_grad_() for z in (q, k, g.clamp_min(-2000.0))]
+    wants = torch.autograd.grad(by_definition(*leaves), leaves, given)
+    for name, x, want in zip(("dq", "dk", "dg"), got, wants, strict=True):
+        assert_rows_close(x, want, rtol=1e-12, name=name)
 
 
 def test_corners_are_a_view_that_covers_every_pair_once():
@@ -84,9 +95,11 @@ def test_corners_are_a_view_that_covers_every_pair_once():
 @both
 def test_a_score_depends_on_no_later_gate(decay, width):
     q, k, g = drawn(16, width)
-    before = decay.decayed_scores(q, k, decay.factors(g), torch.float64)
+    before = ours(decay, q, k, g)[1][4:]
     for t in (1, 7, 8, 15):
-        other = torch.cat([g[:, :t], 3 * g[:, t:]], dim=1)
-        after = decay.decayed_scores(q, k, decay.factors(other), torch.float64)
-        assert all(torch.equal(x[:, :t], y[:, :t]) for x, y in zip(before, after, strict=True))
-        assert not torch.equal(before[0][:, t], after[0][:, t])
+        other = torch.cat([g[..., :t, :], 3 * g[..., t:, :]], dim=-2)
+        after = ours(decay, q, k, other)[1][4:]
+        assert all(
+            torch.equal(x[..., :t, :], y[..., :t, :]) for x, y in zip(before, after, strict=True)
+        )
+        assert not torch.equal(before[0][..., t, :], after[0][..., t, :])
