@@ -78,10 +78,8 @@ def new_empty(shape: tuple[int, ...], *, dtype: torch.dtype, device: torch.devic
 
 @contextlib.contextmanager
 def poisoned(value: float = float("nan")) -> Iterator[None]:
-    """Inside, what is undefined is full of `value`, so that using it cannot hide.
-
-    That is: every element of an output buffer until it is stored, and, interpreted, every lane that a load with a mask
-    and without `other=` leaves out (for integers: the smallest there is).
+    """Inside, what is undefined is full of `value`, so that using it cannot hide: an output buffer until it is stored,
+    and, interpreted, the lanes that a masked load without `other=` leaves out (of integers: the smallest there is).
     """
     _fill.append(value)
     try:

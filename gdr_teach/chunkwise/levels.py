@@ -64,8 +64,8 @@ def fade(q: Tensor, k: Tensor, g: Tensor) -> Faded:
         q_rows.mul_(first)
         k_rows.mul_(first)
         columns.mul_(second)
-        whole = (first * second).view(len(Q), -1, Q.shape[-1])
         h *= 2
+        whole = (first * second).view(len(Q), Q.shape[1] // h, Q.shape[2])
     Q, K, W = (x[:, :C].unflatten(0, g.shape[:-2]) for x in (Q, K, W))
     return Faded(Q, K, W, total, each, levels)
 
@@ -100,18 +100,18 @@ def backward(
         dA, dL = (pad(z, (0, more, 0, more)) for z in (dA, dL))
     dA, dL = (z.contiguous().flatten(0, -3) for z in (dA, dL))
     # of the logarithm of each block's whole factor, from the largest block down; a factor's is factor times gradient
-    dwhole = (f.whole * d[3]).mT.reshape(-1, 1, width)
+    dwhole = (f.whole * d[3]).mT.reshape(len(dQ), 1, width)
     for n, (rows, columns, first, second) in reversed(list(enumerate(f.levels))):
         h = 1 << n
         (_, dQ_rows), (_, dK_rows), (dcolumns, _) = (halves(x, h) for x in (dQ, dK, dW))
         dfirst = (rows[:, 0] * dQ_rows).addcmul_(rows[:, 1], dK_rows).sum(-2, keepdim=True) * first
         dsecond = (columns * dcolumns).sum(-2, keepdim=True) * second
-        both = torch.cat([dfirst, dsecond], dim=1).add_(dwhole.view(-1, 1, width))
-        dwhole = both.view(len(dQ), -1, width)
-        dscores = torch.cat([corners(dA, h), corners(dL, h)], dim=-2).view(-1, 2 * h, h)
+        both = torch.cat([dfirst, dsecond], dim=1).add_(dwhole.view(len(rows), 1, width))
+        dwhole = both.view(len(dQ), dQ.shape[1] // h, width)
+        dscores = torch.cat([corners(dA, h), corners(dL, h)], dim=-2).view(len(rows), 2 * h, h)
         if h > 1:
             drows = (dscores @ columns).view(rows.shape)
-            more_dcolumns = dscores.mT @ rows.view(-1, 2 * h, width)
+            more_dcolumns = dscores.mT @ rows.view(len(rows), 2 * h, width)
         else:  # no matrix product for blocks of one row
             drows = dscores[..., None] * columns[:, None]
             more_dcolumns = (dscores[..., None] * rows).sum(1)
@@ -136,7 +136,8 @@ def flat(x: Tensor) -> Tensor:
 
 def halves(x: Tensor, h: int) -> tuple[Tensor, Tensor]:
     """Views of a contiguous [M, C, D] in blocks of 2 h tokens: their first and second halves, each [blocks, h, D]."""
-    blocks = x.view(-1, 2, h, x.shape[-1])
+    M, C, D = x.shape
+    blocks = x.view(M * (C // (2 * h)), 2, h, D)
     return blocks[:, 0], blocks[:, 1]
 
 

@@ -103,3 +103,16 @@ def test_a_score_depends_on_no_later_gate(decay, width):
             torch.equal(x[..., :t, :], y[..., :t, :]) for x, y in zip(before, after, strict=True)
         )
         assert not torch.equal(before[0][..., t, :], after[0][..., t, :])
+
+
+@both
+@pytest.mark.parametrize("lead", [(0, 2), (2, 0)])
+def test_no_chunk_at_all(decay, width, lead):
+    q, k = torch.zeros(2, *lead, 8, 4).unbind()
+    f = decay.fade(q, k, torch.zeros(*lead, 8, width))
+    A, L = decay.scores(q, k, f, torch.float64)
+    given = tuple(torch.zeros_like(x) for x in (f.Q, f.K, f.W, f.whole))
+    dq, dk, dg = decay.backward(q, k, f, given, A, L.float())
+    assert A.shape == L.shape == (*lead, 8, 8)
+    assert dq.shape == dk.shape == (*lead, 8, 4)
+    assert dg.shape == (*lead, 8, width)
