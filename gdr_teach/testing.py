@@ -38,6 +38,29 @@ class GatedInputs(NamedTuple):
     initial_state: Tensor
 
 
+class IplrInputs(NamedTuple):
+    """One call's tensors, in the order of `iplr_recurrence`."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    a: Tensor
+    b: Tensor
+    initial_state: Tensor
+
+
+class DplrInputs(NamedTuple):
+    """One call's tensors, in the order of `dplr_recurrence`."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    a: Tensor
+    b: Tensor
+    log_decay: Tensor
+    initial_state: Tensor
+
+
 def delta_inputs(
     B: int,
     T: int,
@@ -110,6 +133,33 @@ def gated_inputs(
     return GatedInputs(*x[:4], g.to(x.q.dtype), x.initial_state)
 
 
+def iplr_inputs(*sizes: int, seed: int = 0, **options) -> IplrInputs:
+    """Random inputs of the IPLR rule: `delta_inputs`, and a, b that are neither parallel nor of unit length.
+
+    a_t = -(s / l) e + 0.3 n and b_t = l e, with e, n unit directions drawn as the keys are, l from (0.5, 1.5), s from
+    (0.2, 1.8): along e the state is multiplied by 1 - s, so that it neither explodes nor is left as it was.
+    Args: sizes B, T, H, K, V; dtype, keys, N and seed as in `delta_inputs`.
+    Returns: IplrInputs(q, k, v, a, b, initial_state).
+    """
+    x = delta_inputs(*sizes, seed=seed, **options)
+    exact = options | {"dtype": torch.float64}
+    e, n = (delta_inputs(*sizes, seed=seed + more, **exact).k for more in (2, 3))
+    draw = torch.Generator().manual_seed(seed + 4)
+    random = torch.rand((2, *x.beta.shape, 1), generator=draw, dtype=torch.float64)
+    length, step = 0.5 + random[0], 0.2 + 1.6 * random[1]
+    a, b = 0.3 * n - step / length * e, length * e
+    return IplrInputs(*x[:3], a.to(x.q.dtype), b.to(x.q.dtype), x.initial_state)
+
+
+def dplr_inputs(
+    *sizes: int, log_decay: float | str | None = None, per: str = "channel", **options
+) -> DplrInputs:
+    """Random inputs of the DPLR rule: `iplr_inputs` and the decay of `gated_inputs`; all arguments as there."""
+    x = iplr_inputs(*sizes, **options)
+    g = gated_inputs(*sizes, log_decay=log_decay, per=per, **options).log_decay
+    return DplrInputs(*x[:5], g, x.initial_state)
+
+
 def delta_oracle(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, **options) -> Output:
     """S_t = S_{t-1} (I - beta_t k_t k_t^T) + beta_t v_t k_t^T, o_t = scale * S_t q_t: one token, one head at a time.
 
@@ -126,6 +176,44 @@ def gated_oracle(
     Args: as `gdr_teach.gated_delta_rule`. Returns: as `delta_oracle`.
     """
     return _token_loop(q, k, v, beta, log_decay, **options)
+
+
+def dplr_oracle(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    a: Tensor,
+    b: Tensor,
+    log_decay: Tensor | None = None,
+    *,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> Output:
+    """S_t = S_{t-1} M_t + v_t k_t^T with the matrix M_t = diag(exp(log_decay_t)) + a_t b_t^T, o_t = scale * S_t q_t.
+
+    Args: as `dplr_recurrence`; log_decay None: M_t = I + a_t b_t^T, which is IPLR. Returns: as `delta_oracle`.
+    """
+    q, k, v, a, b = (x.double() for x in (q, k, v, a, b))
+    g = torch.zeros_like(k) if log_decay is None else log_decay.double()
+    g = g if g.dim() == 4 else g[..., None].expand_as(k)
+    (B, T, H, K), V = k.shape, v.shape[-1]
+    scale = float(K**-0.5 if scale is None else scale)
+    M = torch.diag_embed(g.exp()) + a[..., :, None] * b[..., None, :]  # [B, T, H, K, K]
+    ends = [T * n for n in range(B + 1)] if cu_seqlens is None else cu_seqlens.tolist()
+    S0 = v.new_zeros(len(ends) - 1, H, K, V) if initial_state is None else initial_state.double()
+    q, k, v, M = (x.flatten(0, 1) for x in (q, k, v, M))  # one document after the other
+    o, states = [], []
+    for n, start in enumerate(ends[:-1]):
+        S = S0[n].mT  # [H, V, K]
+        for t in range(start, ends[n + 1]):
+            S = S @ M[t] + v[t][..., :, None] * k[t][..., None, :]
+            o.append(scale * (S @ q[t][..., None])[..., 0])
+        states.append(S.mT)
+    return Output(
+        torch.stack(o).view(B, T, H, V) if o else v.new_zeros(B, T, H, V),
+        torch.stack(states) if states else S0,
+    )
 
 
 def _token_loop(

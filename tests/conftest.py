@@ -12,7 +12,8 @@ from jaxtyping import install_import_hook
 
 # The shapes written in these modules' signatures are checked on every call a test makes. Modules that hold
 # kernels cannot be listed: the hook rewrites their source, and triton reads it.
-SHAPE_CHECKED = ["gdr_teach.memory", "gdr_teach.delta.reference", "gdr_teach.gated.reference"]
+SHAPE_CHECKED = ["gdr_teach.memory", "gdr_teach.lifts"]
+SHAPE_CHECKED += [f"gdr_teach.{rule}.reference" for rule in ("delta", "gated", "iplr", "dplr")]
 
 install_import_hook(SHAPE_CHECKED, "beartype.beartype")
 torch.set_num_threads(1)

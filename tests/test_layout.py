@@ -17,6 +17,7 @@ ROOMS = {
     "notation": set(),
     "packing": set(),
     "memory": {"notation"},
+    "stability": {"notation", "arguments"},
     "arguments": {"notation"},
     "paths": {"notation", "arguments", "chunkwise.tiles"},
     "runtime": set(),
@@ -29,6 +30,7 @@ ROOMS = {
     "chunkwise.wy": set(),
     "chunkwise.levels": set(),
     "chunkwise.pairs": set(),
+    "chunkwise.affine": {"chunkwise.wy"},
     "chunkwise.kept": set(),
     "chunkwise.place": {"runtime"},
     "chunkwise.triangular": {"runtime"},
@@ -107,6 +109,39 @@ ROOMS = {
         "gated.recurrent",
         "gated.op",
     },
+    "dplr.fading": {"chunkwise.affine", "chunkwise.levels"},
+    "dplr.reference": {
+        "notation",
+        "packing",
+        "arguments",
+        "chunkwise.wy",
+        "chunkwise.affine",
+        "delta.reference",
+        "gated.reference",
+        "dplr.fading",
+    },
+    "dplr.transpose": {
+        "packing",
+        "chunkwise.wy",
+        "chunkwise.affine",
+        "delta.reference",
+        "delta.transpose",
+        "gated.reference",
+        "gated.transpose",
+        "dplr.fading",
+        "dplr.reference",
+    },
+    "dplr.recurrent": {"notation", "runtime", "delta.recurrent", "gated.recurrent"},
+    "iplr.reference": {
+        "notation",
+        "packing",
+        "arguments",
+        "delta.reference",
+        "dplr.reference",
+    },
+    "iplr.transpose": {"chunkwise.affine", "dplr.transpose"},
+    "iplr.recurrent": {"notation", "dplr.recurrent"},
+    "lifts": set(),
 }
 COURSE = {"grading", "viz", "cli", "doctor"}  # may import any room; no room imports them
 HEAVY = {
@@ -160,8 +195,9 @@ def test_every_module_has_its_room():
 
 def test_the_reference_needs_torch_only():
     plain = [f"{rule}/{name}" for rule in RULES for name in ("reference", "transpose")]
-    plain += [f"chunkwise/{name}" for name in ("wy", "levels", "pairs", "kept", "tiles")]
-    for name in (*plain, "memory", "packing", "notation"):
+    plain += [f"{rule}/{name}" for rule in ("iplr", "dplr") for name in ("reference", "transpose")]
+    plain += [f"chunkwise/{name}" for name in ("wy", "affine", "levels", "pairs", "kept", "tiles")]
+    for name in (*plain, "dplr/fading", "lifts", "memory", "packing", "notation"):
         _, outside = imports(PACKAGE / f"{name}.py")
         standard = {"typing", "types", "collections", "itertools", "functools", "math"}
         assert outside <= {"torch", "jaxtyping"} | standard, (name, outside)

@@ -20,10 +20,12 @@ import triton
 from gdr_teach.aot import SHARED_LIMIT, SPILL_BUDGET, TARGETS, compile_launch
 from gdr_teach.delta import chunk as delta_chunk
 from gdr_teach.delta import recurrent as delta_recurrent
+from gdr_teach.dplr import recurrent as dplr_recurrent
 from gdr_teach.gated import chunk as gated_chunk
 from gdr_teach.gated import recurrent as gated_recurrent
+from gdr_teach.iplr import recurrent as iplr_recurrent
 from gdr_teach.runtime import recorded
-from gdr_teach.testing import delta_inputs, gated_inputs
+from gdr_teach.testing import delta_inputs, dplr_inputs, gated_inputs, iplr_inputs
 
 TABLE = Path(__file__).parent.parent / "tests" / "golden" / "compile.json"
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -53,8 +55,8 @@ def families(dtype: str, D: int):
     """(name, call) of every family of kernels."""
     shape, kind = (1, 64, 2, D, D), {"dtype": DTYPES[dtype]}
 
-    def gated(per: str):
-        x = gated_inputs(*shape, per=per, **kind)
+    def gated(per: str, inputs=gated_inputs):
+        x = inputs(*shape, per=per, **kind)
         return x._replace(log_decay=x.log_decay.to(GATE_DTYPES[dtype]))
 
     pair = delta_recurrent.delta_recurrent, delta_recurrent.delta_recurrent_backward
@@ -64,6 +66,11 @@ def families(dtype: str, D: int):
     for per in ("head", "channel"):
         yield f"per {per}", lambda per=per: run(*two, gated(per))
         yield f"chunk per {per}", lambda per=per: run_chunks(gated_chunk.call, gated(per))
+    free = iplr_recurrent.iplr_recurrent, iplr_recurrent.iplr_recurrent_backward
+    yield "no decay", lambda: run(*free, iplr_inputs(*shape, **kind))
+    decayed = dplr_recurrent.dplr_recurrent, dplr_recurrent.dplr_recurrent_backward
+    for per in ("head", "channel"):
+        yield f"per {per}", lambda per=per: run(*decayed, gated(per, dplr_inputs))
 
 
 def measure(case: tuple[str, int, str]) -> dict[str, list[int]]:
