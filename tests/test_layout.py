@@ -143,7 +143,7 @@ ROOMS = {
     "iplr.recurrent": {"notation", "dplr.recurrent"},
     "lifts": set(),
 }
-COURSE = {"grading", "viz", "cli", "doctor"}  # may import any room; no room imports them
+COURSE = {"lab", "grading", "viz", "cli", "doctor"}  # may import any room; no room imports them
 HEAVY = {
     "jupyterlab",
     "matplotlib",

@@ -18,6 +18,7 @@ command="[\"$shell\"]"
 
 exec .venv/bin/jupyter lab \
     --ServerApp.root_dir="$PWD" \
+    --ServerApp.contents_manager_class=gdr_teach.lab.CourseFiles \
     --ServerApp.terminado_settings="{'shell_command': $command}" \
     --LabApp.default_url=/lab/tree/notebooks/00_start_here.ipynb \
     "$@"

@@ -1,8 +1,9 @@
 """`check` and `hint`, as a learner calls them in a notebook. Neither ever raises."""
 
 import atexit
+import textwrap
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from .manifest import Task, find_root, find_task
 from .tasks import checks_of
 
 SEED = 0  # the same inputs each time, so that a reason can be followed up; `gdr-teach grade` draws new ones
+WIDTH = 95  # characters of a printed line
 MARKS = {PASSED: "✓", FAILED: "✗", NOT_ATTEMPTED: "·", NOT_VERIFIED: "?"}
 
 _hints_shown: dict[str, int] = {}
@@ -67,18 +69,24 @@ def hint_text(task: Task, shown: int) -> str:
 
 
 def report_lines(report: TaskReport) -> list[str]:
-    """A task's report as it is printed."""
+    """A task's report as it is printed: Lab breaks longer lines anywhere, in the middle of a word too."""
     task, mark = report.task, MARKS[report.state]
     lines = [
         say("notebook.head", mark=mark, task=task.id, title=pick(task.title),
             state=say(f"state.{report.state}"))
     ]  # fmt: skip
     if report.state in (NOT_ATTEMPTED, NOT_VERIFIED):  # one reason stands for all checks
-        return [*lines, f"  {report.verdicts[0].reason}"]
+        return [*lines, _wrapped(f"  {report.verdicts[0].reason}")]
     for verdict in report.verdicts:
         mark = MARKS[PASSED if verdict.passed else FAILED]
-        lines.append(say("notebook.line", mark=mark, id=verdict.id, reason=verdict.reason))
+        line = say("notebook.line", mark=mark, id=verdict.id, reason=verdict.reason)
+        lines.append(_wrapped(line))
     return lines
+
+
+def _wrapped(line: str) -> str:
+    fill = partial(textwrap.fill, break_long_words=False, break_on_hyphens=False)
+    return fill(line, WIDTH, subsequent_indent="    ")
 
 
 def _report(root: Path, task: Task, function: Any) -> TaskReport:
