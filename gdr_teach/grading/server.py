@@ -23,6 +23,8 @@ from .protocol import Ended, send
 
 def serve(control: socket.socket) -> None:
     """Serve until the other side closes the control channel. Workers get a folder each in the working directory."""
+    import psutil  # noqa: F401  now: `_leave` may run in the middle of anything, an import too
+
     from . import confine, worker
 
     confine.adopt_orphans()
@@ -53,6 +55,8 @@ def serve(control: socket.socket) -> None:
 
 def _leave() -> NoReturn:
     """End, with every process and file that is left, also when the grader was killed."""
+    # a thread of the grader ends, then the grader: the second signal must not cut this short
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     _end_descendants()
     _remove(Path.cwd())
     os._exit(0)
