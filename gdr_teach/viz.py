@@ -270,6 +270,38 @@ def error_by_beta(beta: Sequence[float], measured: Sequence[float]) -> Figure:
     )
 
 
+def growth(log2_norms: Mapping[str, Sequence[float]]) -> Figure:
+    """Norm of the product of the first t transitions: name -> log2 of it after 1, 2, ... tokens, one curve a name."""
+    fig, ax = _axes()
+    T = len(next(iter(log2_norms.values())))
+    _curves(ax, range(1, T + 1), log2_norms)
+    ax.set(xlabel="tokens t", ylabel="norm of the product so far\n(doublings: log2, no unit)")
+    ax.legend(frameon=False)
+    ends = "; ".join(f"{name}: {y[-1]:.1f}, at most {max(y):.1f}" for name, y in log2_norms.items())
+    alt = f"Line chart of the norm of all transitions' product, in doublings. At {_tokens(T)}: {ends}."
+    return describe(fig, alt)
+
+
+def phase_diagram(products: Any, angles: Any, panels: Mapping[str, Sequence[Any]]) -> Figure:
+    """Three regions of c I + b a^T and lines of equal norm: title -> `stability.plane(products, angles, decay=c)`."""
+    fig = Figure(figsize=(0.6 + 2.6 * len(panels), 3.2), layout="constrained")
+    alt = "Maps: lambda |a|^2 across, the angle between b and the line of a upwards; beyond: norm above 1."
+    names = {"#009E73": "contraction", "#FBE7B2": "only spectrum inside", "0.7": "spectrum outside"}
+    for i, (title, (norm, radius)) in enumerate(panels.items(), start=1):
+        ax = fig.add_subplot(1, len(panels), i, title=title, yticks=range(0, 91, 15))
+        ax.set(xlabel=r"$\lambda|a|^2$, or $\pm|a|\,|b|$", ylabel="angle of b to a's line (°)")
+        ax.contourf(products, angles, radius, [0, 1 + 1e-9, 99], colors=list(names)[1:])
+        ax.contourf(products, angles, norm, [0, 1 + 1e-9], colors=list(names)[:1])
+        ax.clabel(ax.contour(products, angles, norm, [1.1, 1.5, 2], colors="0.2"))
+        inside = np.asarray(norm) <= 1 + 1e-9
+        x, up = np.asarray(products)[inside[0]], np.asarray(angles)[inside.sum(1) > 1]
+        ax.plot(x, 0 * x, color="#009E73", lw=7, clip_on=False, solid_capstyle="butt")
+        alt += f" {title}: contraction from {_number(x[0])} to {_number(x[-1])} at 0, up to {up[-1]:.0f} degrees."
+    keys = [ax.fill([], [], color=colour)[0] for colour in names]
+    fig.legend(keys, names.values(), loc="outside lower center", ncols=3, frameon=False)
+    return describe(fig, alt)
+
+
 def _axes() -> tuple[Figure, Any]:
     fig = Figure(figsize=(6.4, 3.4), layout="constrained")
     ax = fig.add_subplot()

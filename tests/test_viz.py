@@ -15,10 +15,12 @@ pytest.importorskip("IPython", reason="the course extra is not installed")
 
 from matplotlib.figure import Figure
 
-from gdr_teach import viz
+from gdr_teach import stability, viz
 from gdr_teach.delta import reference
 
 STATE = torch.tensor([[1.0, -0.5], [0.0, 2.0], [0.25, 0.0]])
+PLANE = torch.linspace(-3, 1, 33).double(), torch.linspace(0, 90, 19).double()
+FADED = stability.plane(*PLANE, decay=0.5)
 EXAMPLES = {  # figure function -> a call, and words its alt text must hold
     "recall_by_pairs": (
         lambda: viz.recall_by_pairs([1, 4, 8], {"a": [0.0, 0.5, 0.9], "b": [0, 0, 0.3]}, K=4),
@@ -38,6 +40,17 @@ EXAMPLES = {  # figure function -> a call, and words its alt text must hold
     "overlaps": (
         lambda: viz.overlaps({"alike": [[1.0, 0.8], [0.8, 1.0]], "apart": np.eye(2)}),
         ("2 unit keys", "alike: 1.00, 0.80; 0.80, 1.00", "apart"),
+    ),
+    "growth": (
+        lambda: viz.growth({"grows": [1.0, 2.0, 3.5], "fades": [-1.0, -0.5, -4.0]}),
+        ("3 tokens", "grows: 3.5, at most 3.5", "fades: -4.0, at most -0.5"),
+    ),
+    "phase_diagram": (
+        lambda: viz.phase_diagram(*PLANE, {"kept": stability.plane(*PLANE), "half": FADED}),
+        (
+            "kept: contraction from −2.00 to 0.00 at 0, up to 0 degrees",
+            "half: contraction from −1.50",
+        ),
     ),
 }
 
@@ -148,6 +161,20 @@ def test_measured_markers_lie_where_they_were_measured():
     assert list(line.get_ydata()) == [0.5, 1.32]
     assert list(dots.get_ydata()) == [0.4, 1.3]
     assert dots.get_linestyle() == "None"  # no second line beside the expected one
+
+
+def test_the_contraction_line_is_drawn_where_it_holds():
+    fig = EXAMPLES["phase_diagram"][0]()
+    kept, half = (ax.lines[0] for ax in fig.axes)
+    assert (min(kept.get_xdata()), max(kept.get_xdata())) == (-2, 0)
+    assert (min(half.get_xdata()), max(half.get_xdata())) == (-1.5, 0.5)
+    assert fig.legends[0].texts[0].get_text() == "contraction"
+
+
+def test_growth_starts_after_the_first_token():
+    grows, fades = EXAMPLES["growth"][0]().axes[0].lines
+    assert list(grows.get_xdata()) == [1, 2, 3]
+    assert list(fades.get_ydata()) == [-1.0, -0.5, -4.0]
 
 
 def test_source_is_the_installed_source(displayed):
