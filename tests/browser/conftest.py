@@ -166,6 +166,8 @@ class Screen:
         self.wait_until_idle()
 
     def wait_until_idle(self) -> None:
+        # the status bar knows whether there is a kernel yet; without one the notebook's own sign says idle as well
+        expect(self.page.locator("#jp-main-statusbar")).to_contain_text("| Idle")
         state = self.panel.locator(".jp-Notebook-ExecutionIndicator")
         expect(state).to_have_attribute("data-status", "idle")
 
