@@ -80,3 +80,32 @@ def levels(dtype: torch.dtype, C: int, bound: float | None) -> tuple[int, float]
             block *= 2
     block = min(block, C)
     return (C // block).bit_length() - 1, -reach / max(block - 1, 1)
+
+
+class UntiedTiles(NamedTuple):
+    """One call's choice for the untied family: the chunk size and the six kernels."""
+
+    C: int
+    prepare: Stage
+    reads: Stage  # BV: columns of either kind, of K or of V
+    scan: Stage
+    reverse: Stage
+    values: Stage
+    keys: Stage
+
+
+def untied_tiles(target: str, dtype: torch.dtype, K: int, V: int, *, decay: bool) -> UntiedTiles:
+    """The tiles of one call of the untied family; K and V up to 256. Why these sizes: see `tiles`."""
+    BK, BV, half = width(K, target), width(V, target), dtype in (torch.float16, torch.bfloat16)
+    wide = BK > 128
+    if dtype == torch.float32:
+        walk = Stage(BK, min(BV, 16), 8 if wide and target != "gfx942" else 4, 2)
+        small = Stage(min(BK, 16), min(BV, 16), 4)
+        return UntiedTiles(16, small, small, walk, walk, small, Stage(min(BK, 64), min(BV, 16), 4))
+    if not half or (target in ("sm_90", "cpu") and not decay and not wide):
+        walk, part = Stage(BK, min(BV, 64), 4, 2), Stage(min(BK, 64), min(BV, 64), 4)
+        return UntiedTiles(64, part, part, walk, walk, part, part)
+    walk = Stage(BK, min(BV, 16 if wide else 32), 4, 1 if wide else 2)
+    part = Stage(min(BK, 64), min(BV, 32), 4)
+    prepare = Stage(min(BK, 32 if decay else 64), 0, 4)
+    return UntiedTiles(32, prepare, part, walk, walk, part, part)
