@@ -26,10 +26,13 @@ FORGOTTEN = tl.constexpr(-2048.0)  # exp of it is exactly 0; in place of -inf it
 
 
 @kernel
-def level_gates(i, t, block):
-    """Whether i's exponent in its block holds the gate of t: (cut, i] in the second half, (i, cut] in the first."""
+def level_gates(i, t, block, LAG: tl.constexpr = 0):
+    """Whether i's exponent in its block holds the gate of t: (cut, i - LAG] in the second half, (i, cut] in the first.
+
+    LAG 0: the row reads the state after its token's gate, 1: before it.
+    """
     second = i // block * block + block // 2  # the first token after the cut
-    return ((t >= second) & (t <= i)) | ((t < second) & (t > i))
+    return ((t >= second) & (t <= i - LAG)) | ((t < second) & (t > i))
 
 
 @kernel
@@ -39,9 +42,9 @@ def level_pairs(i, j, block):
 
 
 @kernel
-def base_gates(i, t, BASE: tl.constexpr):
-    """Whether i's exponent in its base block holds the gate of token t: (first, i]."""
-    return (t > i // BASE * BASE) & (t <= i)
+def base_gates(i, t, BASE: tl.constexpr, LAG: tl.constexpr = 0):
+    """Whether i's exponent in its base block holds the gate of token t: (first, i - LAG]."""
+    return (t > i // BASE * BASE) & (t <= i - LAG)
 
 
 @kernel
@@ -76,10 +79,11 @@ def base_exponents(
     DOT: tl.constexpr,
     PREC: tl.constexpr,
     ACC: tl.constexpr,
+    LAG: tl.constexpr = 0,
 ):
-    """g_(first, i] + SHIFT [C, BK], gates no lower than FLOOR, SHIFT half of the way that BASE - 1 of them can go."""
+    """g_(first, i - LAG] + SHIFT [C, BK], gates not below FLOOR, SHIFT half of the way BASE - 1 of them can go."""
     b_g = tl.maximum(b_g.to(ACC), FLOOR).to(b_g.dtype)
-    return gate_sums(base_gates(i, t, BASE), b_g, DOT, PREC, ACC) - 0.5 * (BASE - 1) * FLOOR
+    return gate_sums(base_gates(i, t, BASE, LAG), b_g, DOT, PREC, ACC) - 0.5 * (BASE - 1) * FLOOR
 
 
 @kernel
