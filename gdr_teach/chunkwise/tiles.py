@@ -108,4 +108,5 @@ def untied_tiles(target: str, dtype: torch.dtype, K: int, V: int, *, decay: bool
     walk = Stage(BK, min(BV, 16 if wide else 32), 4, 1 if wide else 2)
     part = Stage(min(BK, 64), min(BV, 32), 4)
     prepare = Stage(min(BK, 32 if decay else 64), 0, 4)
-    return UntiedTiles(32, prepare, part, walk, walk, part, part)
+    keys = Stage(min(BK, 32), min(BV, 32), 4) if decay and target == "gfx942" else part
+    return UntiedTiles(32, prepare, part, walk, walk, part, keys)
