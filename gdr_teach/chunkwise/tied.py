@@ -3,9 +3,11 @@
     forward    prepare -> X (and, with decay, A, Q~, K~, K^, fade)       scan -> o, state
     backward   scan -> R and S before each chunk    reverse scan -> dP = dv and D after each chunk    grads -> the rest
 
-Two launches forward and three backward. From forward to backward only what `prepare` wrote is kept.
+Two launches forward and three backward. From forward to backward only what `prepare` wrote is kept. `maps` and
+`start_gradient` are what `segments` asks for beside these.
 """
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -31,6 +33,8 @@ class Prepared(NamedTuple):
 
 class TiedCall:
     """One call's operands (dense, checked), sizes and tiles, and its launches."""
+
+    Kept = Prepared  # what `forward` hands to `backward`
 
     def __init__(
         self,
@@ -200,19 +204,40 @@ class TiedCall:
             dg = dg.sum(-1).to(self.g.dtype)
         return dq, dk, dbeta, dg
 
-    def forward(self) -> tuple[Tensor, Tensor, Prepared]:
-        """o [B, T, H, V], the last state [N, H, K, V], and what the backward needs."""
-        x = self.prepare()
+    def maps(self, x: Prepared) -> tuple[Tensor, Tensor]:
+        """M [N, H, K, K] and N [N, H, K, V] of (6.50), each sequence's map of its initial state. Two launches."""
+        N = self.empty(*self.state_shape, dtype=self.acc)
+        self._from(None, self.v).scan(x, state=N)
+        eye = torch.eye(self.K, dtype=self.acc, device=self.k.device)
+        M = eye.repeat(self.N, self.H, 1, 1)  # a program reads what it will overwrite
+        self._from(M, torch.zeros_like(self.k)).scan(x, state=M)
+        return M, N
+
+    def start_gradient(self, x: Prepared, do: Tensor) -> Tensor:
+        """E [N, H, K, V] of (6.51): the initial states' gradient where that of the last ones is zero. One launch."""
+        dP, ends = self.empty(*self.v.shape), self.empty(self.slots, self.H, self.V, self.K)
+        E = self.empty(*self.state_shape, dtype=self.acc)
+        self.reverse_scan(x, do, None, dP=dP, ends=ends, dstate0=E)
+        return E
+
+    def _from(self, S0: Tensor | None, v: Tensor) -> "TiedCall":
+        # the same keys with another initial state and other values
+        options = {"scale": self.scale, "initial_state": S0, "cu_seqlens": self.cu}
+        return TiedCall(self.q, self.k, v, self.beta, self.g, chunk_size=self.C, **options)
+
+    def forward(self, x: Prepared | None = None) -> tuple[Tensor, Tensor, Prepared]:
+        """o [B, T, H, V], the last state [N, H, K, V], and what the backward needs. x: what `prepare` gave."""
+        x = self.prepare() if x is None else x
         o, state = self.empty(*self.v.shape), self.empty(*self.state_shape, dtype=self.acc)
         self.scan(x, o=o, state=state)
         return o, state, x
 
-    def backward(self, do: Tensor, dstate: Tensor | None, kept: Prepared | None) -> tuple:
+    def backward(self, do: Tensor, dstate: Tensor | None, kept: Iterable | None) -> tuple:
         """dq, dk, dv, dbeta, dlog_decay (None without decay), dstate0 (None without an initial state).
 
         dstate None: zeros. kept: what `forward` gave; None launches `prepare` again.
         """
-        x = self.prepare() if kept is None else kept
+        x = self.prepare() if kept is None else Prepared(*kept)
         do, dstate = do.contiguous(), None if dstate is None else dstate.contiguous()
         per_chunk = (
             self.slots,

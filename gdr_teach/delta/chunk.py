@@ -9,7 +9,8 @@ the rounding left: 2 C numbers a token.
 
 from torch import Tensor
 
-from ..chunkwise.tied import Prepared, TiedCall
+from ..chunkwise.segments import call_in_segments
+from ..chunkwise.tied import TiedCall
 from ..notation import Output
 from .recurrent import dense
 
@@ -24,15 +25,18 @@ def delta_chunk(
     initial_state: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     chunk_size: int | None = None,
+    segments: int = 1,
 ) -> Output:
     """The delta rule by the chunk kernels: (2.5) to (2.8), two launches, forward only.
 
     Args: as `gdr_teach.delta_rule`, which checks them and adds the gradients; any strides. chunk_size: a power of two,
-    at least 16 where the kernels are compiled; default: what `chunkwise.tiles` chooses.
+    at least 16 where the kernels are compiled; default: what `chunkwise.tiles` chooses. segments: into how many pieces
+    a sequence is cut at most, to walk them side by side (`chunkwise.segments`); then five launches.
     Returns: Output(o [B, T, H, V] in v's dtype, state [N, H, K, V]).
     """
     options = {"scale": scale, "initial_state": initial_state, "cu_seqlens": cu_seqlens}
-    o, state, _ = call(q, k, v, beta, chunk_size=chunk_size, **options).forward()
+    options |= {"chunk_size": chunk_size, "segments": segments}
+    o, state, _ = call(q, k, v, beta, **options).forward()
     return Output(o, state)
 
 
@@ -48,7 +52,8 @@ def delta_chunk_backward(
     initial_state: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     chunk_size: int | None = None,
-    kept: Prepared | None = None,
+    segments: int = 1,
+    kept: tuple | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
     """The gradients of `delta_chunk`: (2.13) to (2.16), three launches.
 
@@ -57,12 +62,13 @@ def delta_chunk_backward(
     Returns: dq, dk, dv, dbeta in their inputs' dtypes, and dstate0 [N, H, K, V], None without an initial state.
     """
     options = {"scale": scale, "initial_state": initial_state, "cu_seqlens": cu_seqlens}
-    this = call(q, k, v, beta, chunk_size=chunk_size, **options)
-    dq, dk, dv, dbeta, _, dstate0 = this.backward(do, dstate, kept)
+    options |= {"chunk_size": chunk_size, "segments": segments}
+    dq, dk, dv, dbeta, _, dstate0 = call(q, k, v, beta, **options).backward(do, dstate, kept)
     return dq, dk, dv, dbeta, dstate0
 
 
-def call(q, k, v, beta, *, initial_state, cu_seqlens, **options) -> TiedCall:
+def call(q, k, v, beta, *, initial_state, cu_seqlens, segments=1, **options):
     """The launches of one call."""
     q, k, v, beta, S0, cu = dense(q, k, v, beta, initial_state, cu_seqlens)
-    return TiedCall(q, k, v, beta, None, initial_state=S0, cu_seqlens=cu, **options)
+    options |= {"initial_state": S0, "cu_seqlens": cu, "segments": segments}
+    return call_in_segments(TiedCall, (q, k, v, beta, None), **options)

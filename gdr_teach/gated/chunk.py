@@ -7,7 +7,8 @@ exponents but one factor a chunk. What `prepare` wrote is kept for the backward,
 
 from torch import Tensor
 
-from ..chunkwise.tied import Prepared, TiedCall
+from ..chunkwise.segments import call_in_segments
+from ..chunkwise.tied import TiedCall
 from ..delta.recurrent import dense
 from ..notation import Output
 
@@ -23,16 +24,18 @@ def gated_chunk(
     initial_state: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     chunk_size: int | None = None,
+    segments: int = 1,
     min_log_decay: float | None = None,
 ) -> Output:
     """The gated delta rule by the chunk kernels: (5.6) to (5.9), two launches, forward only.
 
     Args: as `gdr_teach.gated_delta_rule`, which checks them and adds the gradients; any strides. chunk_size: a power of
-    two, at least 16 where the kernels are compiled; default: what `chunkwise.tiles` chooses.
+    two, at least 16 where the kernels are compiled; default: what `chunkwise.tiles` chooses. segments: into how many
+    pieces a sequence is cut at most, to walk them side by side (`chunkwise.segments`); then five launches.
     Returns: Output(o [B, T, H, V] in v's dtype, state [N, H, K, V]).
     """
     options = {"scale": scale, "initial_state": initial_state, "cu_seqlens": cu_seqlens}
-    options |= {"chunk_size": chunk_size, "min_log_decay": min_log_decay}
+    options |= {"chunk_size": chunk_size, "segments": segments, "min_log_decay": min_log_decay}
     o, state, _ = call(q, k, v, beta, log_decay, **options).forward()
     return Output(o, state)
 
@@ -50,8 +53,9 @@ def gated_chunk_backward(
     initial_state: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     chunk_size: int | None = None,
+    segments: int = 1,
     min_log_decay: float | None = None,
-    kept: Prepared | None = None,
+    kept: tuple | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:
     """The gradients of `gated_chunk`: (5.15) to (5.18), three launches.
 
@@ -61,12 +65,12 @@ def gated_chunk_backward(
     initial state.
     """
     options = {"scale": scale, "initial_state": initial_state, "cu_seqlens": cu_seqlens}
-    options |= {"chunk_size": chunk_size, "min_log_decay": min_log_decay}
+    options |= {"chunk_size": chunk_size, "segments": segments, "min_log_decay": min_log_decay}
     return call(q, k, v, beta, log_decay, **options).backward(do, dstate, kept)
 
 
-def call(q, k, v, beta, log_decay, *, initial_state, cu_seqlens, **options) -> TiedCall:
+def call(q, k, v, beta, log_decay, *, initial_state, cu_seqlens, segments=1, **options):
     """The launches of one call."""
     q, k, v, beta, S0, cu = dense(q, k, v, beta, initial_state, cu_seqlens)
-    g = log_decay.contiguous()
-    return TiedCall(q, k, v, beta, g, initial_state=S0, cu_seqlens=cu, **options)
+    options |= {"initial_state": S0, "cu_seqlens": cu, "segments": segments}
+    return call_in_segments(TiedCall, (q, k, v, beta, log_decay.contiguous()), **options)
