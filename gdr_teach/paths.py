@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .arguments import TRITON_WIDTH, check_triton
-from .chunkwise.tiles import target_of, tiles
+from .chunkwise.tiles import target_of, tiles, untied_tiles
 from .notation import Path, Sizes
 
 _FOUND_TRITON = (
@@ -40,9 +40,11 @@ def choose(
     backend: str,
     *,
     decay: bool = False,
+    untied: bool = False,
 ) -> Path:
-    """The way for one call whose arguments are already checked; decay: the rule has one, which asks for other tiles.
+    """The way for one call whose arguments are already checked.
 
+    decay: the rule has one; untied: it reads and writes along directions of its own. Either asks for other tiles.
     "auto" takes triton for CUDA tensors where it is installed and the sizes fit its kernels, else torch.
     Raises: ValueError or TypeError when triton was asked for and cannot do it, ImportError when it is missing.
     """
@@ -60,15 +62,21 @@ def choose(
         # float32 by chunks is six products for one, its speed not measured; the token kernels lose no digit
         if short or (mode == "auto" and q.dtype == torch.float32):
             return Path("triton", "recurrent", 0, 1, 1)
-        C = tiles(target_of(q.device), q.dtype, sizes.K, sizes.V, decay=decay).C
-        if C * sizes.H * max(sizes.K, sizes.V, C) >= 2**31:  # inside a chunk they count in int32
+        choice = untied_tiles if untied else tiles
+        C = choice(target_of(q.device), q.dtype, sizes.K, sizes.V, decay=decay).C
+        # inside a chunk they count in int32: the rows of its tokens, the longest of which has so many numbers
+        row, name = (
+            (sizes.K + sizes.V, "(K + V)") if untied else (max(sizes.K, sizes.V), "max(K, V)")
+        )
+        if C * sizes.H * max(row, C) >= 2**31:
             if mode == "auto":
                 return Path("triton", "recurrent", 0, 1, 1)
+            limit = f"H < {2**31 // C**2}" if row < C else f"H * {name} < {2**31 // C}"
             raise ValueError(
-                f"{op}: mode 'chunk' with backend 'triton' wants H * max(K, V) < {2**31 // C}, got "
-                f"H = {sizes.H}, K = {sizes.K}, V = {sizes.V}; use mode='recurrent' or backend='torch'"
+                f"{op}: mode 'chunk' with backend 'triton' wants {limit}, got H = {sizes.H}, K = {sizes.K}, "
+                f"V = {sizes.V}; use mode='recurrent' or backend='torch'"
             )
-        return Path("triton", "chunk", C, 1, 2)
+        return Path("triton", "chunk", C, 1, 3 if untied else 2)
     if short:
         return Path("torch", "recurrent", 0, 1, 0)
     return Path("torch", "chunk", CHUNK_SIZE, 1, 0)

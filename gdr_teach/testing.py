@@ -39,7 +39,7 @@ class GatedInputs(NamedTuple):
 
 
 class IplrInputs(NamedTuple):
-    """One call's tensors, in the order of `iplr_recurrence`."""
+    """One call's tensors, in the order of `iplr_delta_rule`."""
 
     q: Tensor
     k: Tensor
@@ -50,7 +50,7 @@ class IplrInputs(NamedTuple):
 
 
 class DplrInputs(NamedTuple):
-    """One call's tensors, in the order of `dplr_recurrence`."""
+    """One call's tensors, in the order of `dplr_delta_rule`."""
 
     q: Tensor
     k: Tensor
@@ -133,12 +133,13 @@ def gated_inputs(
     return GatedInputs(*x[:4], g.to(x.q.dtype), x.initial_state)
 
 
-def iplr_inputs(*sizes: int, seed: int = 0, **options) -> IplrInputs:
+def iplr_inputs(*sizes: int, beta: float | None = None, seed: int = 0, **options) -> IplrInputs:
     """Random inputs of the IPLR rule: `delta_inputs`, and a, b that are neither parallel nor of unit length.
 
     a_t = -(s / l) e + 0.3 n and b_t = l e, with e, n unit directions drawn as the keys are, l from (0.5, 1.5), s from
     (0.2, 1.8): along e the state is multiplied by 1 - s, so that it neither explodes nor is left as it was.
-    Args: sizes B, T, H, K, V; dtype, keys, N and seed as in `delta_inputs`.
+    Args: sizes B, T, H, K, V; dtype, keys, N and seed as in `delta_inputs`. beta: a number sets all s, and n is what is
+    left of it at right angles to e: with keys that repeat, one token's 1 - s + 0.3 l n . e would be every token's.
     Returns: IplrInputs(q, k, v, a, b, initial_state).
     """
     x = delta_inputs(*sizes, seed=seed, **options)
@@ -147,6 +148,8 @@ def iplr_inputs(*sizes: int, seed: int = 0, **options) -> IplrInputs:
     draw = torch.Generator().manual_seed(seed + 4)
     random = torch.rand((2, *x.beta.shape, 1), generator=draw, dtype=torch.float64)
     length, step = 0.5 + random[0], 0.2 + 1.6 * random[1]
+    if beta is not None:
+        step, n = torch.full_like(step, beta), n - (n * e).sum(-1, keepdim=True) * e
     a, b = 0.3 * n - step / length * e, length * e
     return IplrInputs(*x[:3], a.to(x.q.dtype), b.to(x.q.dtype), x.initial_state)
 
@@ -192,7 +195,7 @@ def dplr_oracle(
 ) -> Output:
     """S_t = S_{t-1} M_t + v_t k_t^T with the matrix M_t = diag(exp(log_decay_t)) + a_t b_t^T, o_t = scale * S_t q_t.
 
-    Args: as `dplr_recurrence`; log_decay None: M_t = I + a_t b_t^T, which is IPLR. Returns: as `delta_oracle`.
+    Args: as `gdr_teach.dplr_delta_rule`; log_decay None is IPLR, M_t = I + a_t b_t^T. Returns: as `delta_oracle`.
     """
     q, k, v, a, b = (x.double() for x in (q, k, v, a, b))
     g = torch.zeros_like(k) if log_decay is None else log_decay.double()

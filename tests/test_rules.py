@@ -1,6 +1,6 @@
 """What every rule promises, by every way it can take: gradients, packing, strides, semantics, compilers.
 
-The rooms of the rules (tests/delta, tests/gated) hold what is true of one rule only.
+The rooms of the rules (tests/delta, tests/gated, tests/iplr, tests/dplr) hold what is true of one rule only.
 """
 
 import functools
@@ -16,16 +16,26 @@ from hypothesis import strategies as st
 from jaxtyping import TypeCheckError, jaxtyped
 from torch import library
 
-from gdr_teach import delta_rule, explain, gated_delta_rule
+from gdr_teach import (
+    delta_rule,
+    dplr_delta_rule,
+    explain,
+    gated_delta_rule,
+    iplr_delta_rule,
+)
+from gdr_teach.arguments import GATES
 from gdr_teach.testing import (
     DECAYS,
     as_rows,
     assert_rows_close,
     delta_inputs,
     delta_oracle,
+    dplr_inputs,
+    dplr_oracle,
     gated_inputs,
     gated_oracle,
     gradients,
+    iplr_inputs,
 )
 
 WAYS = (
@@ -47,13 +57,18 @@ class Rule(NamedTuple):
 
 
 DECAYED = tuple({"log_decay": g} for g in (None, "mixed", *DECAYS))
-GATED = {"extra": (None,), "data": DECAYED}
+FADING = {"extra": (None,), "data": DECAYED}
 RULES = {
     "delta": Rule(delta_rule, delta_inputs, delta_oracle),
     "gated-head": Rule(
-        gated_delta_rule, functools.partial(gated_inputs, per="head"), gated_oracle, **GATED
+        gated_delta_rule, functools.partial(gated_inputs, per="head"), gated_oracle, **FADING
     ),
-    "gated-channel": Rule(gated_delta_rule, gated_inputs, gated_oracle, **GATED),
+    "gated-channel": Rule(gated_delta_rule, gated_inputs, gated_oracle, **FADING),
+    "iplr": Rule(iplr_delta_rule, iplr_inputs, dplr_oracle),
+    "dplr-head": Rule(
+        dplr_delta_rule, functools.partial(dplr_inputs, per="head"), dplr_oracle, **FADING
+    ),
+    "dplr-channel": Rule(dplr_delta_rule, dplr_inputs, dplr_oracle, **FADING),
 }
 
 
@@ -177,7 +192,7 @@ def test_the_shapes_written_in_the_signature_hold(case):
     out = checked(*x[:-1], initial_state=x.initial_state, cu_seqlens=cu, **case.way)
     assert out.state.shape == (3, 2, 4, 3)
     with pytest.raises(TypeCheckError):
-        checked(x.q, x.k, x.v, x.beta[..., None], *x[4:-1])
+        checked(*x[:3], x[3][..., None], *x[4:-1])
 
 
 # -- packing, strides, memory ------------------------------------------------------------------------------------------
@@ -190,9 +205,10 @@ def test_the_shapes_written_in_the_signature_hold(case):
     ids=str,
 )
 def test_packed_documents_equal_a_loop_over_them(case, lengths):
+    H = 2
     if case.backend == "triton" and sum(lengths) > 100:
-        lengths = [n // 8 for n in lengths]  # the interpreter is slow
-    x, cu = case.packed(lengths)
+        lengths, H = [n // 8 for n in lengths], 1  # the interpreter is slow
+    x, cu = case.packed(lengths, H)
     do, dstate = cotangents(x)
     got = case.call(*x, cu_seqlens=cu)
     found = case.gradients(x, do, dstate, cu_seqlens=cu)
@@ -342,8 +358,9 @@ def test_a_sequence_can_be_cut_anywhere(case, split):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 def test_dtypes_of_results_and_gradients(case, dtype):
     x = case.inputs(1, 20, 1, 4, 3, dtype=dtype)
-    gates = [y if dtype == torch.float64 else y.float() for y in x[3:-1]]
-    leaves = needing_gradients((*x[:3], *gates, x.initial_state))
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    x = x._replace(**{name: getattr(x, name).to(wide) for name in x._fields if name in GATES})
+    leaves = needing_gradients(x)
     out = case.call(*leaves)
     assert out.o.dtype == dtype
     assert out.state.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
@@ -370,7 +387,7 @@ def test_autocast_casts_nothing(case):
 @every_case
 @pytest.mark.parametrize("pack", [False, True], ids=["dense", "packed"])
 def test_opcheck(case, pack):
-    x, cu = case.packed([1, 0, 2])
+    x, cu = case.packed([0, 3])
     x = x if pack else x._replace(initial_state=x.initial_state[:1])
     options = (cu if pack else None, 0.5, *case.rule.extra, *case.way.values())
     options += (64 if case.mode == "chunk" else 0,)
@@ -389,7 +406,7 @@ def test_opcheck(case, pack):
 @every_case
 @pytest.mark.parametrize("pack", [False, True], ids=["dense", "packed"])
 def test_torch_compile_in_one_graph(case, pack):
-    x, cu = case.packed([1, 0, 2])
+    x, cu = case.packed([0, 3])
     x = x if pack else x._replace(initial_state=x.initial_state[:1])
     leaves = needing_gradients(x)
     op, options = case.rule.op, {"cu_seqlens": cu if pack else None, **case.way}
