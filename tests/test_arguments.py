@@ -12,21 +12,29 @@ import torch
 from gdr_teach import (
     delta_rule,
     delta_rule_step,
+    dplr_delta_rule,
+    dplr_delta_rule_step,
     explain,
     gated_delta_rule,
     gated_delta_rule_step,
+    iplr_delta_rule,
+    iplr_delta_rule_step,
     value_checks,
 )
 from gdr_teach.arguments import check_call, check_cu_seqlens_values, check_positive_int
 from gdr_teach.delta.reference import delta_chunkwise
+from gdr_teach.dplr.reference import dplr_chunkwise
 from gdr_teach.gated.reference import gated_chunkwise
-from gdr_teach.testing import delta_inputs, gated_inputs
+from gdr_teach.iplr.reference import iplr_chunkwise
+from gdr_teach.testing import delta_inputs, dplr_inputs, gated_inputs, iplr_inputs
 
 GOLDEN = Path(__file__).parent / "golden" / "arguments.txt"
 X = delta_inputs(2, 5, 3, 4, 6, dtype=torch.float32)
 P = delta_inputs(1, 5, 3, 4, 6, dtype=torch.float32, N=2)  # packed: two documents
 CU = torch.tensor([0, 2, 5])
 G = gated_inputs(2, 5, 3, 4, 6, dtype=torch.float32)
+I = iplr_inputs(2, 5, 3, 4, 6, dtype=torch.float32)
+D = dplr_inputs(2, 5, 3, 4, 6, dtype=torch.float32)
 
 
 def call(**changed):
@@ -48,6 +56,20 @@ def gated(**changed):
     return gated_delta_rule(*first, **arguments)
 
 
+def iplr(**changed):
+    """iplr_delta_rule with right arguments but for those given."""
+    arguments = I._asdict() | changed
+    first = [arguments.pop(name) for name in ("q", "k", "v", "a", "b")]
+    return iplr_delta_rule(*first, **arguments)
+
+
+def dplr(**changed):
+    """dplr_delta_rule with right arguments but for those given."""
+    arguments = D._asdict() | changed
+    first = [arguments.pop(name) for name in ("q", "k", "v", "a", "b", "log_decay")]
+    return dplr_delta_rule(*first, **arguments)
+
+
 def gate(at, value):
     """A gate that is right but for one number."""
     g = G.log_decay.clone()
@@ -55,9 +77,17 @@ def gate(at, value):
     return g
 
 
+OF_A_STEP = {
+    delta_rule_step: X,
+    gated_delta_rule_step: G,
+    iplr_delta_rule_step: I,
+    dplr_delta_rule_step: D,
+}
+
+
 def step(op=delta_rule_step, **changed):
     """One token of a rule with right arguments but for those given; `state` in place of the initial state."""
-    x = X if op is delta_rule_step else G
+    x = OF_A_STEP[op]
     arguments = {name: y[:, 0] for name, y in x._asdict().items() if name != "initial_state"}
     arguments |= {"state": x.initial_state} | changed
     return op(**arguments)
@@ -202,6 +232,86 @@ WRONG = {
         gated_delta_rule, *G[:-1], min_log_decay=1
     ),
     "gated: chunk size zero": lambda: gated_chunkwise(*G[:-1], chunk_size=0),
+    # directions of their own
+    "a a list": lambda: iplr(a=[1.0]),
+    "b None": lambda: iplr(b=None),
+    "a missing": lambda: iplr_delta_rule(*I[:3], b=I.b),
+    "b missing": lambda: iplr_delta_rule(*I[:4]),
+    "a without heads": lambda: iplr(a=I.a[:, :, 0]),
+    "a with one number a token": lambda: iplr(a=X.beta),
+    "b with an axis too many": lambda: iplr(b=I.b[None]),
+    "a in v's place": lambda: iplr(v=I.a, a=I.v),
+    "b in v's place": lambda: iplr(v=I.b, b=I.v),
+    "a wider": lambda: iplr(a=torch.cat([I.a, I.a], 3)),
+    "a shorter": lambda: iplr(a=I.a[:, :4]),
+    "b with other heads": lambda: iplr(b=I.b[:, :, :2]),
+    "b with another batch": lambda: iplr(b=I.b[:1]),
+    "b with heads first": lambda: iplr(b=I.b.transpose(1, 2)),
+    "a in half": lambda: iplr(a=I.a.half()),
+    "b in double": lambda: iplr(b=I.b.double()),
+    "a in float32 beside bfloat16": lambda: iplr(
+        **{n: x.bfloat16() for n, x in I._asdict().items()} | {"a": I.a}
+    ),
+    "b integer": lambda: iplr(b=I.b.int()),
+    "a on meta": lambda: iplr(a=I.a.to("meta")),
+    "b sparse": lambda: iplr(b=I.b.to_sparse()),
+    "iplr: K = 0": lambda: iplr(
+        **{n: x[..., :0] for n, x in I._asdict().items()} | {"v": I.v, "initial_state": None}
+    ),
+    "iplr: V = 0": lambda: iplr(v=I.v[..., :0], initial_state=None),
+    "iplr: initial_state transposed": lambda: iplr(initial_state=I.initial_state.mT),
+    "iplr: initial_state in half": lambda: iplr(initial_state=I.initial_state.half()),
+    "iplr: cu_seqlens with B = 2": lambda: iplr(cu_seqlens=CU, initial_state=None),
+    "iplr: cu_seqlens falls": lambda: iplr_delta_rule(
+        *(x[:1] for x in I[:-1]), cu_seqlens=torch.tensor([0, 7, 5])
+    ),
+    "iplr: scale a tensor": lambda: iplr(scale=torch.tensor(0.5)),
+    "iplr: mode unknown": lambda: iplr(mode="parallel"),
+    "iplr: backend unknown": lambda: iplr(backend="cuda"),
+    "iplr: log_decay given": lambda: iplr(log_decay=D.log_decay),
+    "iplr: log_decay by position": lambda: iplr_delta_rule(*D[:-1]),
+    "iplr: a promise": lambda: iplr(min_log_decay=-5.0),
+    "iplr: triton K too wide": lambda: iplr_delta_rule(
+        *(torch.zeros(2, 5, 3, 300) for _ in range(5)), backend="triton"
+    ),
+    "iplr: triton on meta": lambda: iplr(
+        **{n: x.to("meta") for n, x in I._asdict().items()}, backend="triton"
+    ),
+    "iplr: explain of b in v's place": lambda: explain(iplr_delta_rule, I.q, I.k, I.b, I.a, I.v),
+    "iplr: chunk size zero": lambda: iplr_chunkwise(*I[:-1], chunk_size=0),
+    "dplr: log_decay missing": lambda: dplr_delta_rule(*D[:5]),
+    "dplr: log_decay None": lambda: dplr(log_decay=None),
+    "dplr: log_decay a number": lambda: dplr(log_decay=-0.1),
+    "dplr: log_decay with an axis too many": lambda: dplr(log_decay=D.log_decay[..., None]),
+    "dplr: log_decay of V channels": lambda: dplr(log_decay=-D.v.abs()),
+    "dplr: log_decay in half beside float32": lambda: dplr(log_decay=D.log_decay.half()),
+    "dplr: log_decay on meta": lambda: dplr(log_decay=D.log_decay.to("meta")),
+    "dplr: log_decay positive": lambda: dplr(log_decay=gate((1, 2, 0, 3), 0.25)),
+    "dplr: log_decay positive, triton": lambda: dplr(
+        log_decay=gate((0, 0), 5.0)[..., 0], backend="triton", mode="recurrent"
+    ),
+    "dplr: log_decay nan": lambda: dplr(log_decay=gate((1, 4, 2, 1), torch.nan)),
+    "dplr: log_decay below its promise": lambda: dplr(
+        log_decay=gate((1, 4, 2, 1), -7.0), min_log_decay=-5.0
+    ),
+    "dplr: min_log_decay positive": lambda: dplr(min_log_decay=5.0),
+    "dplr: min_log_decay a tensor": lambda: dplr(min_log_decay=torch.tensor(-5.0)),
+    "dplr: a in v's place": lambda: dplr(v=D.a, a=D.v),
+    "dplr: b in half": lambda: dplr(b=D.b.half()),
+    "dplr: a in float32 beside float16": lambda: dplr(
+        **{n: x.half() for n, x in D._asdict().items()} | {"a": D.a, "initial_state": None}
+    ),
+    "dplr: K = 0": lambda: dplr(
+        **{n: x[..., :0] for n, x in D._asdict().items()} | {"v": D.v, "initial_state": None}
+    ),
+    "dplr: initial_state for another batch": lambda: dplr(initial_state=D.initial_state[:1]),
+    "dplr: cu_seqlens in float": lambda: dplr(cu_seqlens=CU.float()),
+    "dplr: mode unknown": lambda: dplr(mode="parallel"),
+    "dplr: triton V too wide": lambda: dplr(
+        v=torch.zeros(2, 5, 3, 257), initial_state=None, backend="triton"
+    ),
+    "dplr: explain of a wrong promise": lambda: explain(dplr_delta_rule, *D[:-1], min_log_decay=1),
+    "dplr: chunk size negative": lambda: dplr_chunkwise(*D[:-1], chunk_size=-16),
     # one token
     "step of a sequence": lambda: delta_rule_step(*X),
     "step: v without batch": lambda: step(v=X.v[0, 0]),
@@ -224,6 +334,25 @@ WRONG = {
         state=G.initial_state.clone(),
         inplace=True,
     ),
+    "iplr step of a sequence": lambda: iplr_delta_rule_step(*I),
+    "iplr step: a in v's place": lambda: step(iplr_delta_rule_step, v=I.a[:, 0], a=I.v[:, 0]),
+    "iplr step: b in half": lambda: step(iplr_delta_rule_step, b=I.b[:, 0].half()),
+    "iplr step: state None": lambda: step(iplr_delta_rule_step, state=None),
+    "iplr step: inplace with gradients": lambda: step(
+        iplr_delta_rule_step, a=I.a[:, 0].clone().requires_grad_(), inplace=True
+    ),
+    "dplr step: a without batch": lambda: step(dplr_delta_rule_step, a=D.a[0, 0]),
+    "dplr step: log_decay of V channels": lambda: step(
+        dplr_delta_rule_step, log_decay=-D.v[:, 0].abs()
+    ),
+    "dplr step: log_decay positive": lambda: step(
+        dplr_delta_rule_step,
+        log_decay=gate((1, 0, 2), 0.5)[:, 0],
+        state=D.initial_state.clone(),
+        inplace=True,
+    ),
+    "dplr step: state transposed": lambda: step(dplr_delta_rule_step, state=D.initial_state.mT),
+    "dplr step: inplace a string": lambda: step(dplr_delta_rule_step, inplace="yes"),
 }
 
 
@@ -246,15 +375,27 @@ def test_every_wrong_call_has_its_golden_answer(request):
 def test_the_golden_answers_say_what_was_wanted_and_got():
     lines = GOLDEN.read_text().splitlines()
     answers = dict(zip(lines[::2], (line.strip() for line in lines[1::2]), strict=True))
-    assert len(answers) >= 60
+    assert len(answers) >= 180
     from_python = (
         "argument unknown",
         "initial_state by position",
         "beta missing",
         "log_decay missing",
+        "a missing",
+        "b missing",
+        "iplr: log_decay given",
+        "iplr: log_decay by position",
+        "iplr: a promise",
+        "dplr: log_decay missing",
     )  # Python's own words
-    rules = ("delta_rule", "delta_rule_step", "gated_delta_rule", "gated_delta_rule_step")
-    names = (*rules, "explain", "delta_chunkwise", "gated_chunkwise")
+    rules = ("delta", "gated", "iplr", "dplr")
+    ops = ["delta_rule", *(f"{rule}_delta_rule" for rule in rules[1:])]
+    names = (
+        *ops,
+        *(f"{op}_step" for op in ops),
+        "explain",
+        *(f"{rule}_chunkwise" for rule in rules),
+    )
     for name, words in answers.items():
         assert words != "nothing raised", name
         if name not in from_python:
@@ -263,10 +404,10 @@ def test_the_golden_answers_say_what_was_wanted_and_got():
 
 
 def test_wrong_calls_launch_nothing_and_change_nothing():
-    saved = [x.clone() for x in (*X, *P, *G)]
+    saved = [x.clone() for x in (*X, *P, *G, *I, *D)]
     for wrong in WRONG.values():
         answer(wrong)
-    assert all(torch.equal(x, y) for x, y in zip((*X, *P, *G), saved, strict=True))
+    assert all(torch.equal(x, y) for x, y in zip((*X, *P, *G, *I, *D), saved, strict=True))
 
 
 def test_the_checks_take_less_than_a_millisecond():
@@ -305,6 +446,16 @@ def test_what_is_right_is_accepted():
     gated(log_decay=torch.zeros_like(G.log_decay), min_log_decay=0.0)
     step(inplace=False)
     step(gated_delta_rule_step, log_decay=G.log_decay[:, 0, :, 0])
+    iplr()
+    iplr(scale=2, mode="chunk", backend="torch")
+    iplr(**{n: x.bfloat16() for n, x in I._asdict().items()} | {"initial_state": None})
+    dplr()
+    dplr(log_decay=gate((0, 1), -torch.inf), min_log_decay=-torch.inf)
+    dplr(log_decay=D.log_decay[..., 0], min_log_decay=-1)
+    half = {n: x.half() for n, x in D._asdict().items()}
+    dplr(**half | {"log_decay": D.log_decay, "initial_state": D.initial_state})
+    step(iplr_delta_rule_step)
+    step(dplr_delta_rule_step, log_decay=D.log_decay[:, 0, :, 0])
     wide = torch.zeros(2, 5, 3, 300)
     assert explain(delta_rule, wide, wide, X.v, X.beta).backend == "torch"
 
