@@ -7,6 +7,7 @@
 Three launches forward and four backward; what the first two wrote is kept in between.
 """
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -34,6 +35,8 @@ class Prepared(NamedTuple):
 
 class UntiedCall:
     """One call's operands (dense, checked), sizes and tiles, and its launches."""
+
+    Kept = Prepared  # what `forward` gives and `backward` takes over
 
     def __init__(
         self,
@@ -182,19 +185,44 @@ class UntiedCall:
             dg = dg.sum(-1).to(self.g.dtype)
         return dq, dk, da, db, dg
 
-    def forward(self) -> tuple[Tensor, Tensor, Prepared]:
-        """o [B, T, H, V], the last state [N, H, K, V], and what the backward needs."""
-        x = self.prepare()
+    def maps(self, x: Prepared) -> tuple[Tensor, Tensor]:
+        """M [N, H, K, K] and N [N, H, K, V] of (6.50), each sequence's map of its initial state. Two launches."""
+        N = self.empty(*self.state_shape, dtype=self.acc)
+        self._from(None, self.v).scan(x, state=N)
+        eye = torch.eye(self.K, dtype=self.acc, device=self.k.device)
+        M, zero = eye.repeat(self.N, self.H, 1, 1), torch.zeros_like(self.k)
+        U = torch.cat(
+            [x.U[..., : self.K], zero], -1
+        )  # what a reads of the values is zero with them
+        self._from(M, zero).scan(x._replace(U=U), state=M)
+        return M, N
+
+    def start_gradient(self, x: Prepared, do: Tensor) -> Tensor:
+        """E [N, H, K, V] of (6.51): the initial states' gradient where that of the last ones is zero. One launch."""
+        ends = self.empty(self.slots, self.H, self.V, self.K)
+        E = self.empty(*self.state_shape, dtype=self.acc)
+        self.reverse_scan(x, do, None, ends=ends, dstate0=E)
+        return E
+
+    def _from(self, S0: Tensor | None, v: Tensor) -> "UntiedCall":
+        # the same transitions with another initial state and other values
+        options = {"scale": self.scale, "initial_state": S0, "cu_seqlens": self.cu}
+        directions = (self.a, self.b, self.g)
+        return UntiedCall(self.q, self.k, v, *directions, chunk_size=self.C, **options)
+
+    def forward(self, x: Prepared | None = None) -> tuple[Tensor, Tensor, Prepared]:
+        """o [B, T, H, V], the last state [N, H, K, V], and what the backward needs. x: what `prepare` gave."""
+        x = self.prepare() if x is None else x
         o, state = self.empty(*self.v.shape), self.empty(*self.state_shape, dtype=self.acc)
         self.scan(x, o=o, state=state)
         return o, state, x
 
-    def backward(self, do: Tensor, dstate: Tensor | None, kept: Prepared | None) -> tuple:
+    def backward(self, do: Tensor, dstate: Tensor | None, kept: Iterable | None) -> tuple:
         """dq, dk, dv, da, db, dlog_decay (None without decay), dstate0 (None without an initial state).
 
         dstate None: zeros. kept: what `forward` gave; None launches its first two stages again.
         """
-        x = self.prepare() if kept is None else kept
+        x = self.prepare() if kept is None else Prepared(*kept)
         do, dstate = do.contiguous(), None if dstate is None else dstate.contiguous()
         per_chunk = (self.slots, self.H, self.V, self.K)  # in the inputs' dtype: products take them
         starts, ends = self.empty(*per_chunk), self.empty(*per_chunk)

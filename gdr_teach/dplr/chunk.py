@@ -6,7 +6,8 @@ scaled operands (5.25), so that all later ones see no exponent but one factor a 
 
 from torch import Tensor
 
-from ..chunkwise.untied import Prepared, UntiedCall
+from ..chunkwise.segments import call_in_segments
+from ..chunkwise.untied import UntiedCall
 from ..notation import Output
 
 
@@ -22,16 +23,18 @@ def dplr_chunk(
     initial_state: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     chunk_size: int | None = None,
+    segments: int = 1,
     min_log_decay: float | None = None,
 ) -> Output:
     """The DPLR rule by the chunk kernels: (5.25), (5.26) and (6.22) to (6.26), three launches, forward only.
 
     Args: as `gdr_teach.dplr_delta_rule`, which checks them and adds the gradients; any strides. chunk_size: a power of
-    two, at least 16 where the kernels are compiled; default: what `chunkwise.tiles` chooses.
+    two, at least 16 where the kernels are compiled; default: what `chunkwise.tiles` chooses. segments: into how many
+    pieces a sequence is cut at most, to walk them side by side (`chunkwise.segments`).
     Returns: Output(o [B, T, H, V] in v's dtype, state [N, H, K, V]).
     """
     options = {"scale": scale, "initial_state": initial_state, "cu_seqlens": cu_seqlens}
-    options |= {"chunk_size": chunk_size, "min_log_decay": min_log_decay}
+    options |= {"chunk_size": chunk_size, "segments": segments, "min_log_decay": min_log_decay}
     o, state, _ = call(q, k, v, a, b, log_decay, **options).forward()
     return Output(o, state)
 
@@ -50,8 +53,9 @@ def dplr_chunk_backward(
     initial_state: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     chunk_size: int | None = None,
+    segments: int = 1,
     min_log_decay: float | None = None,
-    kept: Prepared | None = None,
+    kept: tuple | None = None,
 ) -> tuple[Tensor | None, ...]:
     """The gradients of `dplr_chunk`: (6.27) to (6.29) and back to the inputs.
 
@@ -61,13 +65,14 @@ def dplr_chunk_backward(
     without an initial state.
     """
     options = {"scale": scale, "initial_state": initial_state, "cu_seqlens": cu_seqlens}
-    options |= {"chunk_size": chunk_size, "min_log_decay": min_log_decay}
+    options |= {"chunk_size": chunk_size, "segments": segments, "min_log_decay": min_log_decay}
     return call(q, k, v, a, b, log_decay, **options).backward(do, dstate, kept)
 
 
-def call(q, k, v, a, b, log_decay, *, initial_state, cu_seqlens, **options) -> UntiedCall:
+def call(q, k, v, a, b, log_decay, *, initial_state, cu_seqlens, segments=1, **options):
     """The launches of one call."""
     q, k, v, a, b, g = (x.contiguous() for x in (q, k, v, a, b, log_decay))
     S0 = None if initial_state is None else initial_state.contiguous()
     cu = None if cu_seqlens is None else cu_seqlens.to(q.device, non_blocking=True).contiguous()
-    return UntiedCall(q, k, v, a, b, g, initial_state=S0, cu_seqlens=cu, **options)
+    options |= {"initial_state": S0, "cu_seqlens": cu, "segments": segments}
+    return call_in_segments(UntiedCall, (q, k, v, a, b, g), **options)

@@ -6,7 +6,8 @@ are compiled without one.
 
 from torch import Tensor
 
-from ..chunkwise.untied import Prepared, UntiedCall
+from ..chunkwise.segments import call_in_segments
+from ..chunkwise.untied import UntiedCall
 from ..notation import Output
 
 
@@ -21,15 +22,17 @@ def iplr_chunk(
     initial_state: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     chunk_size: int | None = None,
+    segments: int = 1,
 ) -> Output:
     """The IPLR rule by the chunk kernels: (3.4) to (3.7) as (6.22) to (6.26), three launches, forward only.
 
     Args: as `gdr_teach.iplr_delta_rule`, which checks them and adds the gradients; any strides. chunk_size: a power of
-    two, at least 16 where the kernels are compiled; default: what `chunkwise.tiles` chooses.
+    two, at least 16 where the kernels are compiled; default: what `chunkwise.tiles` chooses. segments: into how many
+    pieces a sequence is cut at most, to walk them side by side (`chunkwise.segments`).
     Returns: Output(o [B, T, H, V] in v's dtype, state [N, H, K, V]).
     """
     options = {"scale": scale, "initial_state": initial_state, "cu_seqlens": cu_seqlens}
-    options |= {"chunk_size": chunk_size}
+    options |= {"chunk_size": chunk_size, "segments": segments}
     o, state, _ = call(q, k, v, a, b, **options).forward()
     return Output(o, state)
 
@@ -47,7 +50,8 @@ def iplr_chunk_backward(
     initial_state: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     chunk_size: int | None = None,
-    kept: Prepared | None = None,
+    segments: int = 1,
+    kept: tuple | None = None,
 ) -> tuple[Tensor | None, ...]:
     """The gradients of `iplr_chunk`: (6.27) to (6.29) and back to the inputs.
 
@@ -57,14 +61,15 @@ def iplr_chunk_backward(
     without an initial state.
     """
     options = {"scale": scale, "initial_state": initial_state, "cu_seqlens": cu_seqlens}
-    options |= {"chunk_size": chunk_size}
+    options |= {"chunk_size": chunk_size, "segments": segments}
     *grads, _, dstate0 = call(q, k, v, a, b, **options).backward(do, dstate, kept)
     return *grads, dstate0
 
 
-def call(q, k, v, a, b, *, initial_state, cu_seqlens, **options) -> UntiedCall:
+def call(q, k, v, a, b, *, initial_state, cu_seqlens, segments=1, **options):
     """The launches of one call."""
     q, k, v, a, b = (x.contiguous() for x in (q, k, v, a, b))
     S0 = None if initial_state is None else initial_state.contiguous()
     cu = None if cu_seqlens is None else cu_seqlens.to(q.device, non_blocking=True).contiguous()
-    return UntiedCall(q, k, v, a, b, None, initial_state=S0, cu_seqlens=cu, **options)
+    options |= {"initial_state": S0, "cu_seqlens": cu, "segments": segments}
+    return call_in_segments(UntiedCall, (q, k, v, a, b, None), **options)

@@ -9,30 +9,41 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 pytest.importorskip("triton")
 
-from gdr_teach import delta_rule, gated_delta_rule
+from gdr_teach import delta_rule, dplr_delta_rule, gated_delta_rule, iplr_delta_rule
 from gdr_teach.aot import SHARED_LIMIT, SPILL_BUDGET, TARGETS, compile_launch
 from gdr_teach.chunkwise.segments import SHORTEST, combine_kernel, cut
 from gdr_teach.chunkwise.tied import TiedCall
 from gdr_teach.delta import chunk as delta_chunk
+from gdr_teach.dplr import chunk as dplr_chunk
 from gdr_teach.gated import chunk as gated_chunk
+from gdr_teach.iplr import chunk as iplr_chunk
 from gdr_teach.runtime import poisoned, recorded
 from gdr_teach.sanitizer import sanitize
 from gdr_teach.testing import (
     DECAYS,
+    DplrInputs,
+    GatedInputs,
+    Inputs,
+    IplrInputs,
     as_rows,
     assert_near_token_loop,
     assert_rows_close,
     delta_inputs,
+    dplr_inputs,
     gated_inputs,
     gradients,
+    iplr_inputs,
 )
 
-NAMES = {
-    5: ("o", "state", "dq", "dk", "dv", "dbeta", "dstate0"),
-    6: ("o", "state", "dq", "dk", "dv", "dbeta", "dlog_decay", "dstate0"),
+RULES = {  # by the inputs: the operator and its launches by chunks
+    Inputs: (delta_rule, delta_chunk.call),
+    GatedInputs: (gated_delta_rule, gated_chunk.call),
+    IplrInputs: (iplr_delta_rule, iplr_chunk.call),
+    DplrInputs: (dplr_delta_rule, dplr_chunk.call),
 }
-FORWARD = ["prepare", "scan", "scan", "combine", "scan"]
-BACKWARD = ["reverse_scan", "combine", "scan", "reverse_scan", "grads"]
+TIED = ["prepare", "scan", "scan", "combine", "scan"]
+TIED += ["reverse_scan", "combine", "scan", "reverse_scan", "grads"]
+UNTIED = ["prepare", "reads", *TIED[1:-1], "values", "keys"]
 
 
 def ones(x) -> tuple[torch.Tensor, torch.Tensor]:
@@ -41,9 +52,8 @@ def ones(x) -> tuple[torch.Tensor, torch.Tensor]:
 
 def call(x, cu=None, **options):
     """The launches of one call of the rule whose inputs these are."""
-    rule = gated_chunk if hasattr(x, "log_decay") else delta_chunk
     options = {"initial_state": x.initial_state, "cu_seqlens": cu, "scale": None} | options
-    return rule.call(*x[:-1], **options)
+    return RULES[type(x)][1](*x[:-1], **options)
 
 
 def run(x, cu=None, **options):
@@ -55,14 +65,14 @@ def run(x, cu=None, **options):
 
 
 def near(got, want, rtol: float = 1e-11) -> None:
-    for name, g, w in zip(NAMES[len(got) - 2], got, want, strict=True):
-        assert_rows_close(as_rows(g), as_rows(w), rtol=rtol, name=name)
+    for n, (g, w) in enumerate(zip(got, want, strict=True)):
+        assert_rows_close(as_rows(g), as_rows(w), rtol=rtol, name=f"result {n}")
 
 
 def hold(x, cu=None, **options):
     """A call in segments against the token loop; all results."""
     got = run(x, cu, **options)
-    op = gated_delta_rule if hasattr(x, "log_decay") else delta_rule
+    op = RULES[type(x)][0]
     loop = {"cu_seqlens": cu, "backend": "torch", "mode": "recurrent"}
     want = op(*x[:-1], initial_state=x.initial_state, **loop)
     near(got, (*want, *gradients(op, x, *ones(x), **loop)))
@@ -77,6 +87,17 @@ def hold(x, cu=None, **options):
 def test_any_decay(per, gate):
     keys, beta = ("identical", 2.0) if gate in (0.0, "mixed") else ("cos0.9", 1.0)
     x = gated_inputs(1, 37, 1, 5, 3, keys=keys, beta=beta, per=per, log_decay=gate)
+    hold(x, chunk_size=8, segments=2)
+
+
+@pytest.mark.parametrize("gate", ["none", None, "mixed", *DECAYS], ids=str)
+def test_any_decay_with_free_directions(gate):
+    keys = "identical" if gate in (0.0, "mixed") else "cos0.9"
+    if gate == "none":
+        x = iplr_inputs(1, 37, 1, 5, 3, keys=keys)
+    else:
+        per = "head" if gate == -5.0 else "channel"
+        x = dplr_inputs(1, 37, 1, 5, 3, keys=keys, per=per, log_decay=gate)
     hold(x, chunk_size=8, segments=2)
 
 
@@ -102,11 +123,12 @@ def test_empty_axes(shape):
     assert all(torch.equal(g, w) for g, w in zip(got, want, strict=True))
 
 
+@pytest.mark.parametrize("inputs", [gated_inputs, dplr_inputs])
 @pytest.mark.parametrize("reverse", [False, True])
-def test_packed_documents(reverse):
+def test_packed_documents(reverse, inputs):
     lengths = [0, 1, 37, 0, 9, 0][:: -1 if reverse else 1]
     cu = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
-    x = gated_inputs(1, sum(lengths), 1, 4, 3, N=len(lengths), per="head" if reverse else "channel")
+    x = inputs(1, sum(lengths), 1, 4, 3, N=len(lengths), per="head" if reverse else "channel")
     got = hold(x, cu, chunk_size=8, segments=3)
     for n, (start, end) in enumerate(itertools.pairwise(cu.tolist())):
         if end - start == 1:
@@ -118,18 +140,20 @@ def test_packed_documents(reverse):
         assert all(torch.equal(g, w) for g, w in zip(mine, alone, strict=True)), f"document {n}"
 
 
+@pytest.mark.parametrize("inputs", [gated_inputs, dplr_inputs, iplr_inputs])
 @pytest.mark.parametrize("pack", [False, True], ids=["dense", "packed"])
-def test_every_element_is_written_and_nothing_else_is_touched(pack):
+def test_every_element_is_written_and_nothing_else_is_touched(pack, inputs):
     cu = torch.tensor([0, 0, 18, 21]) if pack else None
-    x = gated_inputs(1, 21, 1, 5, 3, N=3 if pack else 1)
+    x = inputs(1, 21, 1, 5, 3, N=3 if pack else 1)
     want = run(x, cu, chunk_size=4, segments=2)
     with poisoned(), sanitize():
         got = run(x, cu, chunk_size=4, segments=2)
     assert all(torch.equal(g, w) for g, w in zip(got, want, strict=True))
 
 
-def test_without_states_and_without_what_the_forward_kept():
-    x = gated_inputs(1, 35, 1, 4, 3)
+@pytest.mark.parametrize(("inputs", "n"), [(gated_inputs, 6), (dplr_inputs, 8)])
+def test_without_states_and_without_what_the_forward_kept(inputs, n):
+    x = inputs(1, 35, 1, 4, 3)
     options = {"initial_state": None, "chunk_size": 8}
     do = torch.ones(1, dtype=torch.float64).expand(x.v.shape)
     o, state, kept = call(x, segments=2, **options).forward()
@@ -138,7 +162,7 @@ def test_without_states_and_without_what_the_forward_kept():
     assert_rows_close(state, ordinary, rtol=1e-11)
     *want, none = call(x, **options).backward(do, None, None)
     assert none is None
-    assert len(kept) == 6
+    assert len(kept) == n
     for given in (kept, None):
         *got, none = call(x, segments=2, **options).backward(do, None, given)
         assert none is None
@@ -234,13 +258,23 @@ def test_one_segment_is_the_ordinary_call():
         call(x, segments=0)
 
 
-@pytest.mark.parametrize("inputs", [delta_inputs, gated_inputs])
-def test_five_launches_each_way(inputs):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_free_directions_stay_near_the_token_loop(dtype):
+    x = dplr_inputs(1, 160 if dtype == torch.bfloat16 else 80, 1, 32, 16, dtype=dtype)
+    op = functools.partial(in_segments, type(x), dplr_delta_rule)
+    assert_near_token_loop(op, x, keys="unit", beta=None, segments=2)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "names"),
+    [(delta_inputs, TIED), (gated_inputs, TIED), (iplr_inputs, UNTIED), (dplr_inputs, UNTIED)],
+)
+def test_what_is_launched_each_way(inputs, names):
     x = inputs(1, 64, 2, 64, 64, dtype=torch.bfloat16)
     with recorded("sm_90") as launches:
         run(x, segments=4)
-    names = [launch.kernel.__name__.removesuffix("_kernel") for launch in launches]
-    assert [name.removesuffix("_tied") for name in names] == FORWARD + BACKWARD
+    found = [launch.kernel.__name__.removesuffix("_kernel") for launch in launches]
+    assert [name.removesuffix("_tied").removesuffix("_untied") for name in found] == names
 
 
 @pytest.mark.parametrize("target", TARGETS)
