@@ -8,7 +8,7 @@ As in `scan`, everything is held as [V, .] and the two kernels are each other's 
     S <- fade * S + B^^T U + K^^T V
 
 W, U0, Q2, O0 come from `prepare_untied`. The state changes by a sum of C outer products, never by a K x K matrix: with
-C < K that is fewer numbers to read, and their roundings do not come back in every chunk (decision 0016). The reverse
+C < K that is fewer numbers to read, and their roundings do not come back in every chunk (decision 0014). The reverse
 walk is light, for what it needs of the inside of a chunk is in W and Q2 already; everything else is for
 `grads_untied`, all chunks at once.
 """
