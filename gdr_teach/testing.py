@@ -343,8 +343,9 @@ def assert_near_token_loop(
     0.9. dbeta at identical keys or beta = 2 gets more, 1e-4 and 3e-2: it is what is left of larger sums (an exact
     inverse rounded to bfloat16 gives 6.6e-2). dlog_decay in half precision is held to 2e-2 of the length of q * dq
     beside its own, whose sums it is, and to 1e-1 where keys are identical and beta = 2: one decay a head gets
-    k . dk, and dk is nearly orthogonal to k there.
-    Args: x as from `delta_inputs` or `gated_inputs`; device: where the call is made; way: mode, backend, min_log_decay.
+    k . dk, and dk is nearly orthogonal to k there. da and db at identical keys get 3e-2 in bfloat16: what a reads is
+    what is left of a larger state (a float64 loop that reads S and D rounded to bfloat16 gives 1.6e-2).
+    Args: x as from the `_inputs` of a rule; device: where the call is made; way: mode, backend, min_log_decay.
     """
     exact = type(x)(*(y.double() for y in x))
     do, dstate = torch.randn_like(exact.v), torch.randn_like(exact.initial_state)
@@ -361,6 +362,8 @@ def assert_near_token_loop(
         limit = rtol
         if name == "dbeta" and (keys == "identical" or beta == 2.0):
             limit = 1e-4 if rtol == 1e-5 else 3e-2
+        if name in ("da", "db") and keys == "identical" and x.q.dtype == torch.bfloat16:
+            limit = 3e-2
         if name == "dlog_decay" and rtol > 1e-5:
             beside = (exact.q * wants.q).flatten()  # the scale that its error is measured by
             g, w = (torch.cat([y.double().flatten(), beside]) for y in (g, w))
