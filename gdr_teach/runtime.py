@@ -29,6 +29,16 @@ from typing import Any, ClassVar
 
 import torch
 
+from .observers import (  # some of them for those who import from here
+    Access,
+    Observer,  # noqa: F401
+    filling,
+    new_empty,  # noqa: F401
+    observe,  # noqa: F401
+    observers,
+    poisoned,  # noqa: F401
+)
+
 try:
     import triton
     import triton.language as tl
@@ -60,74 +70,7 @@ def triton_version(text: str | None = None) -> tuple[int, int]:
     return (int(found[1]), int(found[2])) if found else (0, 0)
 
 
-# -- memory that a kernel will fill ------------------------------------------------------------------------------------
-
-
-_fill: list[float] = []  # innermost last: what fresh memory is filled with, see `poisoned`
-
-
-def new_empty(shape: tuple[int, ...], *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Memory for a kernel's output: undefined until stored, which the sanitizer and `poisoned` make visible."""
-    x = torch.empty(shape, dtype=dtype, device=device)
-    if _fill:
-        x.fill_(_fill[-1])
-    for observer in _observers:
-        observer.allocated(x)
-    return x
-
-
-@contextlib.contextmanager
-def poisoned(value: float = float("nan")) -> Iterator[None]:
-    """Inside, what is undefined is full of `value`, so that using it cannot hide: an output buffer until it is stored,
-    and, interpreted, the lanes that a masked load without `other=` leaves out (of integers: the smallest there is).
-    """
-    _fill.append(value)
-    try:
-        yield
-    finally:
-        _fill.pop()
-
-
-# -- who watches a launch ----------------------------------------------------------------------------------------------
-
-
-class Observer:
-    """Told of everything an interpreted launch does; override what is of interest (see `observe`)."""
-
-    def allocated(self, tensor: torch.Tensor) -> None:
-        """A buffer was made whose contents are undefined."""
-
-    def launched(self, name: str, tensors: dict[str, torch.Tensor], grid: tuple[int, ...]) -> None:
-        """A kernel starts on these arguments."""
-
-    def loaded(self, access: "Access") -> None:
-        """One program is about to read."""
-
-    def stored(self, access: "Access") -> None:
-        """One program is about to write."""
-
-
-@dataclass(frozen=True)
-class Access:
-    """One load or store of one program: byte addresses of its active lanes, and the argument they came from."""
-
-    program: tuple[int, int, int]
-    addresses: Any  # int64 numpy array, one entry a lane
-    itemsize: int
-    argument: str | None
-
-
-_observers: list[Observer] = []
-
-
-@contextlib.contextmanager
-def observe(observer: Observer) -> Iterator[Observer]:
-    """Inside, `observer` is told of every interpreted launch."""
-    _observers.append(observer)
-    try:
-        yield observer
-    finally:
-        _observers.remove(observer)
+# -- launches that are written down ------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -184,8 +127,15 @@ def kernel(fn=None, **options) -> Any:
 
 def named_tensors(kernel: Kernel, args: tuple, kwargs: dict[str, Any]) -> dict[str, torch.Tensor]:
     """The tensor arguments of a launch by name."""
-    named = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
-    return {name: x for name, x in named.items() if isinstance(x, torch.Tensor)}
+    named = list((dict(zip(kernel.arg_names, args, strict=False)) | kwargs).items())
+    found = {}
+    for name, x in named:  # grows as it goes: a tuple's items are arguments of their own
+        if isinstance(x, tuple):
+            named += [(f"{name}[{i}]", item) for i, item in enumerate(x)]
+        tensor = getattr(x, "base", x) if hasattr(x, "block_shape") else x  # of a descriptor
+        if isinstance(tensor, torch.Tensor):
+            found[name] = tensor
+    return found
 
 
 def runs_on_cpu(kernel: Kernel, args: tuple, kwargs: dict[str, Any]) -> bool:
@@ -216,7 +166,7 @@ def _interpret(kernel: Kernel, args: tuple, kwargs: dict[str, Any], grid) -> Non
     with _interpreting():
         tensors = named_tensors(kernel, args, kwargs)
         interpreter_builder().origins = {x.data_ptr(): name for name, x in tensors.items()}
-        for observer in _observers:
+        for observer in observers:
             observer.launched(kernel.__name__, tensors, grid)
         try:
             with overflow_is_silent():
@@ -348,9 +298,9 @@ def _filled(dtype: tl.dtype, shape: tuple[int, ...]):
     from triton.runtime.interpreter import TensorHandle, _get_np_dtype
 
     if dtype == tl.bfloat16:
-        return _narrow(np.full(shape, _fill[-1], dtype=np.float32))
+        return _narrow(np.full(shape, filling[-1], dtype=np.float32))
     kind = np.dtype(_get_np_dtype(dtype))
-    value = np.iinfo(kind).min if kind.kind in "iu" else _fill[-1]
+    value = np.iinfo(kind).min if kind.kind in "iu" else filling[-1]
     return TensorHandle(np.full(shape, value, dtype=kind), dtype)
 
 
@@ -391,8 +341,21 @@ def _builder_class():
 
         return operation
 
+    def based(name):
+        plain = getattr(InterpreterBuilder, name)
+
+        def operation(self, pointer, *args, **kwargs):
+            self.base = pointer.base
+            try:
+                return plain(self, pointer, *args, **kwargs)
+            finally:
+                self.base = None
+
+        return operation
+
     class Builder(InterpreterBuilder):
         origins: ClassVar[dict[int, str]] = {}  # base address -> argument of the launch
+        base: Any = None  # the pointer that a block pointer or descriptor in use was made from
 
         def get_bf16(self, value):
             return _narrow(np.array([value], dtype=np.float32))
@@ -428,30 +391,44 @@ def _builder_class():
 
         def create_masked_load(self, ptrs, mask, other, *options, **named):
             self._tell("loaded", ptrs, mask)
-            if other is None and _fill:  # compiled, the lanes that are off hold anything at all
+            if other is None and filling:  # compiled, the lanes that are off hold anything at all
                 other = _filled(ptrs.get_element_ty(), np.shape(ptrs.data))
             return super().create_masked_load(ptrs, mask, other, *options, **named)
 
         def create_masked_store(self, ptrs, value, mask, *options, **named):
-            self._tell("stored", ptrs, mask)
+            self._tell("stored", ptrs, mask, value)
             return super().create_masked_store(ptrs, value, mask, *options, **named)
 
         def create_atomic_rmw(self, rmw, ptr, val, mask, *options):
             if _is_bf16(val):
                 raise TypeError("atomics on bfloat16 are not supported on the interpreter")
-            self._tell("loaded", ptr, mask)
-            self._tell("stored", ptr, mask)
+            self._tell("loaded", ptr, mask, atomic=True)
+            self._tell("stored", ptr, mask, val, atomic=True)
             return super().create_atomic_rmw(rmw, ptr, val, mask, *options)
 
-        def _tell(self, event, ptrs, mask):
-            if not _observers:
+        def create_atomic_cas(self, ptr, cmp, val, *options):
+            self._tell("loaded", ptr, True, atomic=True)
+            self._tell("stored", ptr, True, val, atomic=True)
+            return super().create_atomic_cas(ptr, cmp, val, *options)
+
+        def create_barrier(self):
+            for observer in observers:
+                observer.synchronised()
+            return super().create_barrier()
+
+        def _tell(self, event, ptrs, mask, value=None, atomic=False):
+            if not observers:
                 return
             addresses = np.asarray(ptrs.data)
-            lanes = np.broadcast_to(np.asarray(getattr(mask, "data", mask)), addresses.shape)
-            active = addresses[lanes.astype(bool)].astype(np.int64)
+            mask = np.broadcast_to(np.asarray(getattr(mask, "data", mask)), addresses.shape)
+            lanes = np.flatnonzero(mask)
+            active = addresses.reshape(-1)[lanes].astype(np.int64)
             itemsize = max(ptrs.get_element_ty().primitive_bitwidth // 8, 1)
-            access = Access(self.grid_idx, active, itemsize, self.argument_of(ptrs))
-            for observer in _observers:
+            if value is not None:
+                value = np.broadcast_to(value.data, addresses.shape).reshape(-1)[lanes]
+            argument = self.argument_of(ptrs) or self.argument_of(self.base)
+            access = Access(self.grid_idx, active, lanes, itemsize, argument, value, atomic)
+            for observer in observers:
                 getattr(observer, event)(access)
 
     for name in ("binary_op", "ternary_op", "unary_op", "create_fma"):
@@ -468,6 +445,14 @@ def _builder_class():
     ):
         if hasattr(InterpreterBuilder, name):
             setattr(Builder, name, carried(name))
+    for name in (
+        "create_tensor_pointer_load",
+        "create_tensor_pointer_store",
+        "create_descriptor_load",
+        "create_descriptor_store",
+    ):
+        if hasattr(InterpreterBuilder, name):
+            setattr(Builder, name, based(name))
     return Builder
 
 
