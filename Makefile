@@ -8,11 +8,12 @@ BIN := .venv/bin
 export PYTHON PIP_ARGS
 
 .DEFAULT_GOAL := help
-.PHONY: help lab test check compile-check matrix format notebooks bench constraints setup clean
+.PHONY: help lab test mutants check compile-check matrix format notebooks bench constraints setup clean
 
 help:
 	@echo 'make lab            set up, then open the course in JupyterLab'
 	@echo 'make test           set up, then run every test and every notebook'
+	@echo 'make mutants        plant every bug of tests/mutants/planted.txt; all must be caught'
 	@echo 'make check          lint, format, types; notebooks and exercises in step with their sources'
 	@echo 'make compile-check  compile every kernel for sm_80, sm_90, gfx942; compare with the stored table'
 	@echo 'make matrix         the kernels interpreted on every triton we know'
@@ -37,6 +38,9 @@ lab: setup
 
 test: setup
 	@sh tools/test.sh $(TEST_ARGS)
+
+mutants: setup
+	$(BIN)/python -m pytest -n 2 --mutants tests/mutants $(TEST_ARGS)
 
 check: setup
 	$(BIN)/ruff check .
