@@ -22,7 +22,6 @@ Tensors of chunks are [N, B H, C, .], as in `wy`. Needs torch only. Source: Yang
 (the generalized delta rule); Peng et al. 2025, "RWKV-7", appendix (the same map with decay).
 """
 
-from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -136,47 +135,3 @@ def backward(x: Chunks, kept: Kept, dO: Tensor, D: Tensor) -> tuple[Chunks, Scor
     S, U, V = kept.starts, kept.U, x.V
     operands = Chunks(dO @ S.mT, dP @ S.mT, U @ ends.mT, V @ ends.mT, dV, dfade)  # (6.28)
     return operands, Scores(dO @ U.mT, dO @ V.mT, dP @ U.mT, dP @ V.mT), D  # (6.29)
-
-
-def forward_by_segments(
-    prepare: Callable[..., tuple[Chunks, Scores]],
-    operands: Sequence[Tensor],
-    S: Tensor,
-    scale: float,
-    C: int,
-) -> tuple[Tensor, Tensor, Kept]:
-    """o [B, T, H, V], the last state [B, H, K, V] and what may be kept.
-
-    operands [B, T, ...] start with q, k, v; prepare makes the operands and scores of one segment's chunks from those of
-    its tokens, the state's dtype and C.
-    """
-    wy.keep_freed_memory()
-    q, _, v = operands[:3]
-    shape, S, o, parts = S.shape, S.flatten(0, 1), torch.empty_like(v), []
-    for s in wy.segments(q, v, C):
-        O, S, kept = forward(*prepare(*(x[:, s] for x in operands), dtype=S.dtype, C=C), S, scale)
-        wy.put(O, o[:, s])
-        parts.append(kept)
-    return o, S.view(shape), Kept(*(torch.cat(x) for x in zip(*parts, strict=True)))
-
-
-def backward_by_segments(
-    one: Callable[..., tuple[tuple[Tensor, ...], Tensor]],
-    do: Tensor,
-    operands: Sequence[Tensor],
-    kept: Kept,
-    D: Tensor,
-    C: int,
-) -> tuple[Tensor, ...]:
-    """The gradients of `forward_by_segments` in its operands and the first state, from those of o and the last state.
-
-    one takes a segment's `Kept`, D [B H, K, V], and the segment of do [B, T, H, V] and of the operands; gives back the
-    operands' gradients [N, B H, C, .] and the D before it.
-    """
-    shape, D, grads = D.shape, D.flatten(0, 1), [torch.empty_like(x) for x in operands]
-    for s in reversed(wy.segments(operands[0], operands[2], C)):
-        own = Kept(*(x[s.start // C : -(-s.stop // C)] for x in kept))
-        parts, D = one(own, D, do[:, s], *(x[:, s] for x in operands))
-        for part, grad in zip(parts, grads, strict=True):
-            wy.put(part, grad[:, s])
-    return *grads, D.view(shape)

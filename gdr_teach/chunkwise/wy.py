@@ -113,20 +113,24 @@ def segments(q: Tensor, v: Tensor, C: int) -> list[slice]:
 
 
 def forward_by_segments(
-    prepare: Callable[..., Chunks], operands: Sequence[Tensor], S: Tensor, scale: float, C: int
-) -> tuple[Tensor, Tensor, Kept]:
-    """o [B, T, H, V], the last state [B, H, K, V] and what may be kept.
+    one: Callable[..., tuple[Tensor, Tensor, Sequence[Tensor]]],
+    operands: Sequence[Tensor],
+    S: Tensor,
+    C: int,
+) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+    """o [B, T, H, V], the last state [B, H, K, V] and what may be kept, of either family.
 
-    operands [B, T, ...] start with q, k, v; prepare makes `Chunks` of those of one segment, the state's dtype and C.
+    operands [B, T, ...] start with q, k, v; one takes those of a segment and the state S [B H, K, V] before it; gives
+    back O [N, B H, C, V], the state after it, and what may be kept, chunk by chunk.
     """
     keep_freed_memory()
     q, _, v = operands[:3]
     shape, S, o, parts = S.shape, S.flatten(0, 1), torch.empty_like(v), []
     for s in segments(q, v, C):
-        O, S, kept = forward(prepare(*(x[:, s] for x in operands), S.dtype, C), S, scale)
+        O, S, kept = one(*(x[:, s] for x in operands), S)
         put(O, o[:, s])
         parts.append(kept)
-    return o, S.view(shape), Kept(*(torch.cat(x) for x in zip(*parts, strict=True)))
+    return o, S.view(shape), tuple(torch.cat(x) for x in zip(*parts, strict=True))
 
 
 def backward_by_segments(
@@ -139,12 +143,12 @@ def backward_by_segments(
 ) -> tuple[Tensor, ...]:
     """The gradients of `forward_by_segments` in its operands and the first state, from those of o and the last state.
 
-    one takes a segment of do [B, T, H, V] and of the operands, its `Kept`, and D [B H, K, V]; gives back the operands'
-    gradients [N, B H, C, .] and the D before it.
+    one takes a segment of do [B, T, H, V] and of the operands, what was kept of it, and D [B H, K, V]; gives back the
+    operands' gradients [N, B H, C, .] and the D before it.
     """
     shape, D, grads = D.shape, D.flatten(0, 1), [torch.empty_like(x) for x in operands]
     for s in reversed(segments(operands[0], operands[2], C)):
-        own = Kept(*(x[s.start // C : -(-s.stop // C)] for x in kept))
+        own = [x[s.start // C : -(-s.stop // C)] for x in kept]
         parts, D = one(do[:, s], *(x[:, s] for x in operands), own, D)
         for part, grad in zip(parts, grads, strict=True):
             put(part, grad[:, s])

@@ -11,6 +11,8 @@ Both functions are ordinary differentiable PyTorch. Needs torch only. Source: Ya
 linear transformers with the delta rule over sequence length", sections 2 and 3.
 """
 
+from functools import partial
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -94,8 +96,13 @@ def chunkwise(q, k, v, beta, scale, initial_state, C: int) -> tuple[Output, wy.K
     """`delta_chunkwise` without documents, and what its backward can take over."""
     scale = float(k.shape[-1] ** -0.5 if scale is None else scale)
     S = start_state(k, v, initial_state)  # [B, H, K, V]
-    o, S, kept = wy.forward_by_segments(chunk_operands, (q, k, v, beta), S, scale, C)
-    return Output(o, S), kept
+    one = partial(_segment, scale=scale, C=C)
+    o, S, kept = wy.forward_by_segments(one, (q, k, v, beta), S, C)
+    return Output(o, S), wy.Kept(*kept)
+
+
+def _segment(q, k, v, beta, S: Tensor, *, scale: float, C: int):
+    return wy.forward(chunk_operands(q, k, v, beta, S.dtype, C), S, scale)
 
 
 def chunk_operands(q, k, v, beta, dtype: torch.dtype, C: int) -> wy.Chunks:

@@ -98,10 +98,10 @@ def delta_chunkwise_backward(
     return wy.backward_by_segments(one, do, (q, k, v, beta), kept, dstate, chunk_size)
 
 
-def _segment_backward(do, q, k, v, beta, kept: wy.Kept, D: Tensor, *, scale: float, C: int):
+def _segment_backward(do, q, k, v, beta, kept, D: Tensor, *, scale: float, C: int):
     x = without_scores(q, k, v, beta, D.dtype, C)
     dO = scale * wy.chunks(do.to(D.dtype), C)
-    d, D = wy.backward(x, kept, dO, D)  # (2.13)
+    d, D = wy.backward(x, wy.Kept(*kept), dO, D)  # (2.13)
     dA, dL = d.dA.tril(), d.dL.tril(-1)  # (2.14): dL = -G
     dQ = wy.plus_(d.dQ, dA, x.K)  # (2.15)
     dK = wy.plus_(wy.plus_(d.dK.add_(d.dW), dA.mT, x.Q), dL + dL.mT, x.K)

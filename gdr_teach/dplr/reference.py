@@ -13,6 +13,8 @@ included, which forgets all but what b_t writes back. Needs torch only. Sources:
 Yang et al. 2024, "Parallelizing linear transformers with the delta rule over sequence length", on generalized rules.
 """
 
+from functools import partial
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -108,8 +110,14 @@ def chunkwise(*operands: Tensor, scale, initial_state, C: int) -> tuple[Output, 
     _, k, v, *_ = operands
     scale = float(k.shape[-1] ** -0.5 if scale is None else scale)
     S = start_state(k, v, initial_state)  # [B, H, K, V]
-    o, S, kept = affine.forward_by_segments(chunk_operands, operands, S, scale, C)
-    return Output(o, S), kept
+    one = partial(_segment, scale=scale, C=C)
+    o, S, kept = wy.forward_by_segments(one, operands, S, C)
+    return Output(o, S), affine.Kept(*kept)
+
+
+def _segment(*operands_and_S: Tensor, scale: float, C: int):
+    *operands, S = operands_and_S
+    return affine.forward(*chunk_operands(*operands, dtype=S.dtype, C=C), S, scale)
 
 
 def chunk_operands(q, k, v, a, b, log_decay=None, *, dtype: torch.dtype, C: int):

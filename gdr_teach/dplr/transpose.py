@@ -109,18 +109,17 @@ def dplr_chunkwise_backward(
         kept = chunkwise(*operands, scale=scale, initial_state=initial_state, C=chunk_size)[1]
     one = partial(_segment_backward, scale=scale, C=chunk_size)
     channels = [*operands[:5], *(by_row(x).to(dstate.dtype).expand(k.shape) for x in operands[5:])]
-    *grads, dstate0 = affine.backward_by_segments(one, do, channels, kept, dstate, chunk_size)
+    *grads, dstate0 = wy.backward_by_segments(one, do, channels, kept, dstate, chunk_size)
     if log_decay is not None:
         grads[5] = like(grads[5], log_decay)
     return *grads, dstate0
 
 
-def _segment_backward(
-    kept: affine.Kept, D: Tensor, do: Tensor, *operands: Tensor, scale: float, C: int
-):
+def _segment_backward(do: Tensor, *rest, scale: float, C: int):
+    *operands, kept, D = rest
     x, f = without_scores(*operands, dtype=D.dtype, C=C)
     dO = scale * wy.chunks(do.to(D.dtype), C)
-    d, s, D = affine.backward(x, kept, dO, D)
+    d, s, D = affine.backward(x, affine.Kept(*kept), dO, D)
     if f is None:
         dq, da, db, dk = affine.scores_backward(x, d, s)
         return (dq, dk, d.V, da, db), D

@@ -13,6 +13,7 @@ decay, -inf (a reset) included. Needs torch only. Sources: Yang et al. 2024, "Ga
 2025, "Kimi Linear".
 """
 
+from functools import partial
 from types import ModuleType
 
 import torch
@@ -105,8 +106,14 @@ def chunkwise(q, k, v, beta, log_decay, scale, initial_state, C: int) -> tuple[O
     scale = float(k.shape[-1] ** -0.5 if scale is None else scale)
     S = start_state(k, v, initial_state)  # [B, H, K, V]
     operands = (q, k, v, beta, log_decay)
-    o, S, kept = wy.forward_by_segments(chunk_operands, operands, S, scale, C)  # (5.8), (5.9)
-    return Output(o, S), kept
+    one = partial(_segment, scale=scale, C=C)
+    o, S, kept = wy.forward_by_segments(one, operands, S, C)
+    return Output(o, S), wy.Kept(*kept)
+
+
+def _segment(q, k, v, beta, log_decay, S: Tensor, *, scale: float, C: int):
+    x = chunk_operands(q, k, v, beta, log_decay, S.dtype, C)
+    return wy.forward(x, S, scale)  # (5.8), (5.9)
 
 
 def by_row(log_decay: Tensor) -> Tensor:

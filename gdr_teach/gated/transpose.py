@@ -115,12 +115,10 @@ def gated_chunkwise_backward(
     return wy.backward_by_segments(one, do, operands, kept, dstate, chunk_size)
 
 
-def _segment_backward(
-    do, q, k, v, beta, log_decay, kept: wy.Kept, D: Tensor, *, scale: float, C: int
-):
+def _segment_backward(do, q, k, v, beta, log_decay, kept, D: Tensor, *, scale: float, C: int):
     x, Q, K, f = without_scores(q, k, v, beta, log_decay, D.dtype, C)
     dO = scale * wy.chunks(do.to(D.dtype), C)
-    d, D = wy.backward(x, kept, dO, D)  # (5.15) to (5.18)
+    d, D = wy.backward(x, wy.Kept(*kept), dO, D)  # (5.15) to (5.18)
     assert d.dfade is not None
     dfaded = (d.dQ, d.dK, d.dW, d.dfade)
     dq, dk, dg = decays(log_decay).backward(Q, K, f, dfaded, d.dA, d.dL)
