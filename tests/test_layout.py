@@ -53,8 +53,8 @@ ROOMS = {
         "chunkwise.grads",
         "chunkwise.tiles",
     },
-    "delta.chunk": {"notation", "chunkwise.tied", "delta.recurrent"},
-    "gated.chunk": {"notation", "chunkwise.tied", "delta.recurrent"},
+    "delta.chunk": {"notation", "chunkwise.tied", "chunkwise.segments", "delta.recurrent"},
+    "gated.chunk": {"notation", "chunkwise.tied", "chunkwise.segments", "delta.recurrent"},
     "delta.op": {
         "notation",
         "arguments",
@@ -142,8 +142,8 @@ ROOMS = {
     },
     "iplr.transpose": {"chunkwise.affine", "dplr.transpose"},
     "iplr.recurrent": {"notation", "dplr.recurrent"},
-    "dplr.chunk": {"notation", "chunkwise.untied"},
-    "iplr.chunk": {"notation", "chunkwise.untied"},
+    "dplr.chunk": {"notation", "chunkwise.untied", "chunkwise.segments"},
+    "iplr.chunk": {"notation", "chunkwise.untied", "chunkwise.segments"},
     "dplr.op": {
         "notation",
         "arguments",

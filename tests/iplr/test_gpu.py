@@ -150,5 +150,7 @@ def test_steps_are_one_call(dtype):
     rows = [iplr_delta_rule_step(*token, state, inplace=True).o for token in tokens]
     way = {"initial_state": x.initial_state, "backend": "triton", "mode": "recurrent"}
     want = iplr_delta_rule(*x[:-1], **way)
-    assert torch.equal(torch.stack(rows, 1), want.o)
-    assert torch.equal(state, want.state)
+    # not bit by bit: for T = 1 the kernel is compiled anew, and a product may be fused with another sum
+    o, eps = torch.stack(rows, 1), torch.finfo(dtype).eps
+    assert_rows_close(o.cpu(), want.o.cpu().double(), rtol=max(1e-5, eps), name="o")
+    assert_rows_close(state.cpu(), want.state.cpu().double(), rtol=1e-5, name="state")
