@@ -59,6 +59,9 @@ class Observer:
     def synchronised(self) -> None:
         """The program that is running has passed a `tl.debug_barrier()`."""
 
+    def finished(self) -> None:
+        """Every program of the launch has run, and none has raised."""
+
 
 @dataclass(frozen=True)
 class Access:

@@ -171,6 +171,8 @@ def _interpret(kernel: Kernel, args: tuple, kwargs: dict[str, Any], grid) -> Non
         try:
             with overflow_is_silent():
                 _twin(kernel.fn).run(*args, grid=grid, warmup=False, **kwargs)
+            for observer in observers:
+                observer.finished()
         except Exception as error:  # noqa: BLE001  whatever the kernel raised
             raise _cause(error) from None
 

@@ -15,7 +15,9 @@ raises KernelFault at the first access that a GPU would let pass in silence:
   stored since the last `tl.debug_barrier()`; a store by one lane of what another lane has read or stored since;
 - a grid larger than a GPU takes.
 
-The check runs before the access, so a wrong kernel does not take the process down with it. What it cannot see is what
+The check runs before the access, so a wrong kernel does not take the process down with it. Only what threads of one
+program do to each other waits for the end of the launch: it is often what comes of an access that is wrong in
+itself, and then that one is raised. What it cannot see is what
 a kernel computes from: the lanes that a masked load leaves out are `runtime.poisoned`'s to make visible.
 """
 
@@ -169,6 +171,7 @@ class Sanitizer(Observer):
         self.memories: dict[int, _Memory] = {}
         self.launch = self.program = self.now = 1 << LANE_BITS  # stamps of lane 0
         self.current: tuple[int, int, int] | None = None
+        self.late: KernelFault | None = None  # between threads, raised if nothing else is wrong
 
     def allocated(self, tensor: Tensor) -> None:
         """Declare the elements of a tensor undefined until a kernel stores them."""
@@ -178,7 +181,7 @@ class Sanitizer(Observer):
     def launched(self, name: str, tensors: dict[str, Tensor], grid: tuple[int, ...]) -> None:
         """Learn the arguments of a launch, and forget who wrote and read in the one before."""
         self._advance()
-        self.launch, self.current = self.now, None
+        self.launch, self.current, self.late = self.now, None, None
         for axis, (n, limit) in enumerate(
             zip(grid if not callable(grid) else (), GRID_LIMIT, strict=False)
         ):
@@ -200,6 +203,11 @@ class Sanitizer(Observer):
     def synchronised(self) -> None:
         """The threads of the program have waited for each other."""
         self._advance()
+
+    def finished(self) -> None:
+        """Raise what has waited for the end of the launch."""
+        if self.late is not None:
+            raise self.late
 
     def loaded(self, access: Access) -> None:
         """Check a load: inside, defined, and not of what another program or another thread stores."""
@@ -251,15 +259,15 @@ class Sanitizer(Observer):
             memory.odd[at] = memory.undefined
 
     def _after_barrier(self, what: str, access: Access, wrong: np.ndarray, did: str) -> None:
-        if wrong.any():
+        if self.late is None and wrong.any():
             detail = f"the program {did} there, no tl.debug_barrier() between ({_count(wrong)})"
             kind = f"missing barrier before {what}"
-            raise KernelFault(kind, access.argument, access.program, detail)
+            self.late = KernelFault(kind, access.argument, access.program, detail)
 
     def _one_lane(self, access: Access, winner, lanes) -> None:
         # of several lanes that store to one address one wins, nobody knows which; no harm if all say the same
         lost = winner != lanes
-        if access.atomic or not lost.any():
+        if access.atomic or self.late is not None or not lost.any():
             return
         place = np.zeros(int(access.lanes.max()) + 1, dtype=np.int64)
         place[access.lanes] = np.arange(access.lanes.size)
@@ -267,7 +275,7 @@ class Sanitizer(Observer):
         wrong = (values[place[winner[lost]]] != values[place[lanes[lost]]]).any(axis=1)
         if wrong.any():
             detail = f"two lanes store different values to one address ({_count(wrong)})"
-            raise KernelFault("race on store to", access.argument, access.program, detail)
+            self.late = KernelFault("race on store to", access.argument, access.program, detail)
 
     def _advance(self) -> None:
         self.now += 1 << LANE_BITS

@@ -369,10 +369,24 @@ def turned_in_place_kernel(p_x, BARRIER: tl.constexpr, BLOCK: tl.constexpr):
 
 def test_a_store_may_come_too_early_for_another_thread():
     x = torch.arange(16.0)
-    said = fault(turned_in_place_kernel, (1,), x, False, 16)
+    said = fault(turned_in_place_kernel, (1,), x.clone(), False, 16)
     assert "missing barrier before store to p_x in program (0, 0, 0): the program read" in said
     assert fault(turned_in_place_kernel, (1,), x, True, 16) == ""
     assert torch.equal(x, torch.arange(15.0, -1, -1))
+
+
+@kernel
+def spilling_kernel(p_x, p_y, rows, n, BLOCK: tl.constexpr):
+    """y = x row by row, each store reaching into the next row."""
+    i = tl.arange(0, BLOCK)
+    for row in range(rows):
+        tl.store(p_y + row * n + i, tl.load(p_x + row * n + i, mask=i < n, other=0.0))
+
+
+def test_what_is_wrong_in_itself_is_said_rather_than_what_comes_of_it():
+    x, y = torch.randn(3, 12), torch.empty(5, 12)
+    assert "store outside p_y" in fault(spilling_kernel, (1,), x, y[:3], 3, 12, 16)
+    assert "missing barrier before store to p_y" in fault(spilling_kernel, (1,), x, y, 3, 12, 16)
 
 
 @kernel
