@@ -89,12 +89,12 @@ def guarded_inverse(
     """The inverse, refined once where DOT is fp16, and again with more range where it left fp16's.
 
     fp16 has the digits (11) but not the range (65504): keys longer than 1 can leave it. One maximum and one branch
-    decide; NaN takes the branch as well, because it is not below any bound.
+    decide. NaN is counted entry by entry, for it is not below any bound, and a maximum of the entries passes over it.
     """
     if DOT == tl.float16:
         b_X = unit_lower_inverse(b_A, C, DOT, PREC, ACC)
         b_X = refined_inverse(b_A, b_X, C, DOT, PREC, ACC)
-        if not (tl.max(tl.abs(b_X)) < 16384.0):
+        if tl.max(tl.where(tl.abs(b_X) < 16384.0, 0, 1)) > 0:
             b_X = unit_lower_inverse(b_A, C, tl.float32, SAFE, ACC)
     else:
         b_X = unit_lower_inverse(b_A, C, DOT, SAFE, ACC)

@@ -116,6 +116,20 @@ def test_an_inverse_of_large_entries_leaves_no_digit_behind(dtype):
         assert_rows_close(g, w, rtol=rtol, norm="tensor", name=name)
 
 
+@pytest.mark.parametrize("growth", [1.25, 1.3, 1.45])
+def test_an_inverse_that_fp16_makes_nan_is_made_again(growth):
+    # some entries are NaN there and all others small: a maximum that passes over NaN would let them through
+    x = iplr_inputs(1, 64, 1, 16, 16, keys="identical")
+    e = x.b / x.b.norm(dim=-1, keepdim=True)
+    x = x._replace(a=(growth - 1) * e, b=e)
+    x = IplrInputs(*(y.bfloat16() for y in x[:-1]), x.initial_state.float())
+    exact = IplrInputs(*(y.double() for y in x))
+    want = iplr_recurrence(*exact[:-1], initial_state=exact.initial_state)
+    got = iplr_chunk(*x[:-1], initial_state=x.initial_state)
+    for name, g, w in zip(NAMES, got, want, strict=False):
+        assert_rows_close(g, w, rtol=1e-2, norm="tensor", name=name)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_causality_is_exact(dtype):
     x, other = (iplr_inputs(1, 70, 1, 8, 4, dtype=dtype, seed=seed) for seed in (0, 1))
