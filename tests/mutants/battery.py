@@ -190,6 +190,58 @@ def far_chunks() -> None:
     equal(out, [[4 * (T - C) + 3, C]])
 
 
+@kernel
+def half_kernel(
+    p_x, p_y, p_low, p_z, OF: tl.constexpr, C: tl.constexpr, DOT: tl.constexpr, ACC: tl.constexpr
+):
+    """One helper that owes more digits than its operands' type has; OF names it."""
+    i, j = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
+    b_x, b_y = tl.load(p_x + i * C + j), tl.load(p_y + i * C + j)
+    if OF == "add_product":
+        b_z = chunkwise.triangular.add_product(b_x, b_x, b_y, DOT, "ieee", ACC)
+    elif OF == "times_inverse":
+        b_low = tl.load(p_low + i * C + j)
+        b_z = chunkwise.triangular.times_inverse(b_x, b_y, b_low, DOT, "ieee", ACC)
+    elif OF == "gate_sums":
+        b_z = chunkwise.decay.gate_sums(j <= i, b_x, DOT, "ieee", ACC)
+    else:
+        b_z = chunkwise.triangular.guarded_inverse(b_x, C, DOT, "ieee", ACC, "ieee")
+    tl.store(p_z + i * C + j, b_z)
+
+
+def half_digits() -> None:
+    """What the helpers keep of float32 beside operands of 8 and 11 digits: 16 digits or more."""
+    draw = torch.Generator().manual_seed(7)
+    x, y, unused = (torch.randn(16, 16, generator=draw) for _ in range(3))
+    few = (8 * x).round() / 8  # of few digits: what is lost then is X's
+    for dtype, kind in ((torch.bfloat16, tl.bfloat16), (torch.float16, tl.float16)):
+        high = y.to(dtype)
+        low = (y - high.float()).to(dtype)
+        exact = [t.double() for t in (x, few, high, high.double() + low.double())]
+        x64, few64, high64, sum64 = exact
+        cases = {"gate_sums": [(x, unused, torch.ones(16, 16).double().tril() @ x64)]}
+        cases["times_inverse"] = [(few, high, few64 @ sum64)]
+        cases["add_product"] = [(few, high, few64 + few64 @ high64)]
+        if dtype == torch.bfloat16:
+            cases["times_inverse"] += [(x, high, x64 @ sum64)]
+            cases["add_product"] += [(x, high, x64 + x64 @ high64)]
+        for name, given in cases.items():
+            for a, b, want in given:
+                got = torch.empty(16, 16)
+                half_kernel[(1,)](a, b, low, got, name, 16, kind, tl.float32)
+                error = ((got - want).norm() / want.norm()).item()
+                assert error < 2**-15, f"{name} with {dtype} errs by {error:.1e}"
+    keys = torch.nn.functional.normalize(torch.randn(64, 64, generator=draw) + 4.5, dim=-1)
+    # nearly the same keys: worth refining; keys of length 2: beyond the range of float16
+    for A in ((keys @ keys.T).tril(-1), 4 * torch.ones(64, 64).tril(-1)):
+        got, want = torch.empty(64, 64), torch.linalg.inv(torch.eye(64).double() + A.double())
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)  # of numpy, about what the guard is for
+            half_kernel[(1,)](A, A, A, got, "guarded_inverse", 64, tl.float16, tl.float32)
+        error = ((got - want).norm() / want.norm()).item()
+        assert error < 1e-5, f"an inverse errs by {error:.1e}"
+
+
 def equal(got: torch.Tensor, want: list) -> None:
     assert got.tolist() == want, f"rows and counts {got.tolist()}, wanted {want}"
 
@@ -238,6 +290,7 @@ CALLS: dict[str, list[Callable[[], None]]] = {
             *([x[0], x[4]] for x in [list(chunk_calls(gated.chunk, *GATED_CHUNK, mixed))])
         ),
         far_chunks,
+        half_digits,
     ],
     "untied": [
         *chunk_calls(dplr.chunk, *DPLR_CHUNK, dplr_inputs),

@@ -1,11 +1,14 @@
 """Every planted bug is caught, by whom it should be; and nothing is caught where nothing is planted."""
 
+import ast
 import collections
 from pathlib import Path
 
 import pytest
 
 pytest.importorskip("triton")
+
+import gdr_teach
 
 from .battery import CALLS, ROOMS, fault_of
 from .planted import BUGS, CAUGHT_BY
@@ -79,4 +82,19 @@ def test_every_kind_and_every_module_has_bugs():
     assert kinds.total() - kinds["equivalent"] >= 40
     assert {bug.module for bug in BUGS} == set(ROOMS)
     assert all(bug.why for bug in BUGS)
+
+
+def test_every_kernel_and_every_helper_has_a_bug():
+    package = Path(gdr_teach.__file__).parent
+    kernels = set()
+    for path in package.rglob("*.py"):
+        module = ".".join(("gdr_teach", *path.relative_to(package).with_suffix("").parts))
+        for x in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(x, ast.FunctionDef) and "kernel" in map(ast.unparse, x.decorator_list):
+                kernels.add((module, x.name))
+    assert len(kernels) > 20
+    assert kernels <= {(bug.module, bug.function) for bug in BUGS}
+
+
+def test_the_sample_is_in_the_list():
     assert set(SAMPLE) <= set(NAMED)
