@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .arguments import TRITON_WIDTH, check_triton
-from .chunkwise.tiles import target_of, tiles, untied_tiles
+from .arguments import TRITON_WIDTH, check_positive_int, check_triton
+from .chunkwise.tiles import SHORTEST, target_of, tiles, untied_tiles
 from .notation import Path, Sizes
 
 _FOUND_TRITON = (
@@ -39,15 +39,18 @@ def choose(
     mode: str,
     backend: str,
     *,
+    segments: int = 1,
     decay: bool = False,
     untied: bool = False,
 ) -> Path:
     """The way for one call whose arguments are already checked.
 
-    decay: the rule has one; untied: it reads and writes along directions of its own. Either asks for other tiles.
+    segments: how many pieces the caller allows a sequence, fewer where it is too short for them. decay: the rule has
+    one; untied: it reads and writes along directions of its own. Either asks for other tiles.
     "auto" takes triton for CUDA tensors where it is installed and the sizes fit its kernels, else torch.
     Raises: ValueError or TypeError when triton was asked for and cannot do it, ImportError when it is missing.
     """
+    check_positive_int(op, "segments", segments)
     short = mode == "recurrent" or (mode == "auto" and sizes.T <= SHORT)
     if backend == "auto":
         fits = max(sizes.K, sizes.V) <= TRITON_WIDTH and q.dtype != torch.float64
@@ -76,7 +79,10 @@ def choose(
                 f"{op}: mode 'chunk' with backend 'triton' wants {limit}, got H = {sizes.H}, K = {sizes.K}, "
                 f"V = {sizes.V}; use mode='recurrent' or backend='torch'"
             )
-        return Path("triton", "chunk", C, 1, 3 if untied else 2)
+        # of no length up to T more pieces would be made than this; by the length alone, never by what lies beside it
+        segments = max(1, min(segments, -(-sizes.T // (C * SHORTEST))))
+        launches = 3 if untied else 2
+        return Path("triton", "chunk", C, segments, launches + 3 * (segments > 1))
     if short:
         return Path("torch", "recurrent", 0, 1, 0)
     return Path("torch", "chunk", CHUNK_SIZE, 1, 0)

@@ -181,6 +181,11 @@ WRONG = {
     "triton V too wide": lambda: call(
         v=torch.zeros(2, 5, 3, 257), initial_state=None, backend="triton"
     ),
+    "segments zero": lambda: call(segments=0),
+    "segments negative": lambda: gated(segments=-2),
+    "segments a float": lambda: call(segments=2.0),
+    "segments a bool": lambda: call(segments=True),
+    "segments None": lambda: gated(segments=None),
     "argument unknown": lambda: call(output_final_state=True),
     "initial_state by position": lambda: delta_rule(*X),
     "beta missing": lambda: delta_rule(*X[:3]),

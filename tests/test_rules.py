@@ -390,7 +390,7 @@ def test_opcheck(case, pack):
     x, cu = case.packed([0, 3])
     x = x if pack else x._replace(initial_state=x.initial_state[:1])
     options = (cu if pack else None, 0.5, *case.rule.extra, *case.way.values())
-    options += (64 if case.mode == "chunk" else 0,)
+    options += (16, 1 if pack else 2) if case.mode == "chunk" else (0, 1)
     name = case.rule.op.__name__
     forward, backward = (
         getattr(torch.ops.gdr_teach, f"{name}{suffix}").default for suffix in ("", "_backward")
@@ -431,6 +431,35 @@ def test_export(rule):
 
     program = torch.export.export(Layer(), x[:-1])
     assert torch.equal(program.module()(*x[:-1]), rule.op(*x[:-1]).o)
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("pack", [False, True], ids=["dense", "packed"])
+def test_segments_change_no_more_than_rounding(rule, pack):
+    case = CASES[f"{rule}-triton-chunk"]
+    x, cu = case.packed([3, 67], H=1, dtype=torch.float32)
+    x = x if pack else x._replace(initial_state=x.initial_state[:1])
+    options = {"cu_seqlens": cu if pack else None}
+    one, two = (explain(case.rule.op, *x[:-1], **case.way, segments=n) for n in (1, 9))
+    assert (one.segments, two.segments, two.launches) == (1, 2, one.launches + 3)
+    do, dstate = cotangents(x)
+    got, want = (case.call(*x, **options, segments=n) for n in (9, 1))
+    found, wants = (case.gradients(x, do, dstate, **options, segments=n) for n in (9, 1))
+    for name, *pair in zip(
+        (*want._fields, *x._fields), (*got, *found), (*want, *wants), strict=True
+    ):
+        g, w = map(as_rows, pair)
+        assert_rows_close(g, w, rtol=1e-5, norm="tensor", name=name)
+    if not pack:
+        torch.compiler.reset()
+        again = torch.compile(case.call, fullgraph=True, backend="aot_eager")
+        assert equal(again(*x, segments=9), got)
+
+
+def test_too_short_for_segments_is_the_ordinary_call():
+    x = RULES["delta"].inputs(1, 64, 1, 4, 3, dtype=torch.float32)
+    assert explain(delta_rule, *x[:-1], backend="triton", mode="chunk", segments=8).segments == 1
+    assert explain(delta_rule, *x[:-1], mode="chunk", segments=8).segments == 1  # PyTorch has none
 
 
 # -- shapes and data that nobody listed --------------------------------------------------------------------------------
@@ -513,7 +542,7 @@ def test_large_random_calls_of_the_chunk_kernels(rule, drawn):
 def test_chunks_compute_the_same_again_without_what_was_kept(case):
     x = case.inputs(1, 20, 2, 4, 3, dtype=torch.float32)
     C = explain(case.rule.op, *x[:-1], **case.way).chunk_size
-    name, options = case.rule.op.__name__, (None, 0.5, *case.rule.extra, *case.way.values(), C)
+    name, options = case.rule.op.__name__, (None, 0.5, *case.rule.extra, *case.way.values(), C, 1)
     forward, backward = (getattr(torch.ops.gdr_teach, f"{name}{end}") for end in ("", "_backward"))
     kept = [y if y.numel() else None for y in forward(*x, *options)[2:]]
     do, dstate = cotangents(x)

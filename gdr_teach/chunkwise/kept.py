@@ -1,13 +1,16 @@
 """What an operator's forward hands to its backward: so many tensors whatever the way, for its outputs are fixed.
 
 The tied family's operators hand over six: by chunks in Triton `tied.Prepared`, in PyTorch `wy.Kept`. The untied one's
-hand over eight: `untied.Prepared` or `affine.Kept`. What is not there is an empty tensor. torch alone.
+hand over eight: `untied.Prepared` or `affine.Kept`. A call in segments adds two tensors to what is prepared. What is
+not there is an empty tensor. torch alone.
 """
 
 from collections.abc import Iterable
 
 import torch
 from torch import Tensor
+
+from ..notation import state_dtype
 
 Six = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 Eight = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -42,6 +45,49 @@ def affine_kept_like(q: Tensor, v: Tensor, C: int) -> list[Tensor]:
     X = q.new_empty((*shape, C, C), dtype=exact)
     ends = ((C, K), (C, V), (K, V), *((C, C) for _ in range(4)))
     return [X, *(q.new_empty((*shape, *end), dtype=dtype) for end in ends)]
+
+
+def prepared_like(
+    q: Tensor, v: Tensor, cu_seqlens: Tensor | None, C: int, G: int, *, decay: bool
+) -> list[Tensor]:
+    """The same of `tied.Prepared`, and where G, the segments, are more than one, of the S and M beside it."""
+    (B, T, slots), (H, K), gates = _joined(q, cu_seqlens, C, G), q.shape[2:], (0,)
+    A = (B, T, H, C) if decay or q.dtype == torch.float32 else gates
+    operands, fade = ((3, B, T, H, K), (slots, H, 2, K)) if decay else (gates, gates)
+    kept = [q.new_empty(shape) for shape in ((2, B, T, H, C), A, operands)]
+    return [*kept, _state(q, fade), *_maps(q, v, cu_seqlens, G)]
+
+
+def untied_prepared_like(
+    q: Tensor, v: Tensor, cu_seqlens: Tensor | None, C: int, G: int, *, decay: bool
+) -> list[Tensor]:
+    """The same of `untied.Prepared`."""
+    (B, T, slots), (H, K), gates = _joined(q, cu_seqlens, C, G), q.shape[2:], (0,)
+    operands, fade = ((4, B, T, H, K), (slots, H, K)) if decay else (gates, gates)
+    kept = [q.new_empty(shape) for shape in ((2, B, T, H, C), (3, B, T, H, C), operands)]
+    reads = (q.new_empty((B, T, H, K + v.shape[-1])) for _ in range(2))
+    return [*kept, _state(q, fade), *reads, *_maps(q, v, cu_seqlens, G)]
+
+
+def _joined(q: Tensor, cu_seqlens: Tensor | None, C: int, G: int) -> tuple[int, int, int]:
+    # batch and tokens as the kernels see them, and their chunk slots: segments are documents of one sequence
+    B, T = q.shape[:2]
+    N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    if G == 1:
+        return B, T, N * -(-T // C) if cu_seqlens is None else T // C + N
+    return 1, B * T, B * T // C + N * G
+
+
+def _state(q: Tensor, shape: tuple[int, ...]) -> Tensor:
+    return q.new_empty(shape, dtype=state_dtype(q.dtype) if shape != (0,) else q.dtype)
+
+
+def _maps(q: Tensor, v: Tensor, cu_seqlens: Tensor | None, G: int) -> list[Tensor]:
+    # S [N G, H, K, V] and M [N G, H, K, K] of `segments`
+    if G == 1:
+        return []
+    N = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    return [_state(q, (N * G, *q.shape[2:], width)) for width in (v.shape[-1], q.shape[-1])]
 
 
 def _of_chunks(q: Tensor, C: int) -> tuple[tuple[int, int], torch.dtype, torch.dtype]:

@@ -28,9 +28,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..runtime import cdiv, kernel, recording
-from .tiles import target_of, width
-
-SHORTEST = 4  # chunks in a segment at least: a step of `combine` reads as much as two to four chunks of a walk
+from .tiles import SHORTEST, target_of, width
 
 
 def cut(ends: Tensor, C: int, G: int) -> tuple[Tensor, Tensor]:

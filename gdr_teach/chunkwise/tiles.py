@@ -10,6 +10,8 @@ from typing import NamedTuple
 
 import torch
 
+SHORTEST = 4  # chunks in a segment at least: a step of `combine` reads as much as two to four chunks of a walk
+
 
 class Stage(NamedTuple):
     """Tile widths and warps of one kernel: BK of the K channels, BV of the V columns."""

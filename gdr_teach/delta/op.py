@@ -5,7 +5,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, library
 
 from ..arguments import check_call, check_cu_seqlens_values
-from ..chunkwise.kept import kept_like, padded
+from ..chunkwise.kept import kept_like, padded, prepared_like
 from ..notation import Output, Path, Sizes, state_like
 from ..paths import choose
 
@@ -23,6 +23,7 @@ def delta_rule(
     cu_seqlens: Int[Tensor, " N+1"] | None = None,
     mode: str = "auto",
     backend: str = "auto",
+    segments: int = 1,
 ) -> Output:
     """The delta rule: erase what the key recalls, write the new value, read with the query.
 
@@ -41,6 +42,9 @@ def delta_rule(
             kernels lose no digit; else chunk).
         backend: "torch", "triton" (CPU tensors: interpreted; CUDA tensors: compiled) or "auto" (triton on CUDA where it
             is installed, else torch).
+        segments: into how many pieces a sequence may be cut, to be walked side by side: for few heads and long
+            sequences on a GPU; it means something for chunks in triton only. A sequence is cut by its own length, in
+            pieces of at least four chunks, so packing changes no bit. More than 1 may change rounding. Default 1.
 
     q, k, v share one dtype: float16, bfloat16, float32 or float64. Any strides. Autocast casts nothing here.
 
@@ -51,26 +55,38 @@ def delta_rule(
     Source: Schlag, Irie, Schmidhuber 2021, section 4.2; Yang et al. 2024, section 2.
     """
     options = {"scale": scale, "initial_state": initial_state, "cu_seqlens": cu_seqlens}
-    sizes, way = _plan(q, k, v, beta, mode=mode, backend=backend, **options)
+    sizes, way = _plan(q, k, v, beta, mode=mode, backend=backend, segments=segments, **options)
     factor = float(sizes.K**-0.5 if scale is None else scale)
     o, state, *_ = torch.ops.gdr_teach.delta_rule(
-        q, k, v, beta, initial_state, cu_seqlens, factor, way.backend, way.mode, way.chunk_size
+        q, k, v, beta, initial_state, cu_seqlens, factor, *way[:4]
     )
     return Output(o, state)
 
 
 def path(
-    q, k, v, beta, *, scale=None, initial_state=None, cu_seqlens=None, mode="auto", backend="auto"
+    q,
+    k,
+    v,
+    beta,
+    *,
+    scale=None,
+    initial_state=None,
+    cu_seqlens=None,
+    mode="auto",
+    backend="auto",
+    segments=1,
 ) -> Path:
     """The way `delta_rule` would take with these arguments (see `gdr_teach.explain`)."""
     options = {"scale": scale, "initial_state": initial_state, "cu_seqlens": cu_seqlens}
-    return _plan(q, k, v, beta, mode=mode, backend=backend, **options)[1]
+    return _plan(q, k, v, beta, mode=mode, backend=backend, segments=segments, **options)[1]
 
 
-def _plan(q, k, v, beta, *, mode: str, backend: str, **options) -> tuple[Sizes, Path]:
+def _plan(
+    q, k, v, beta, *, mode: str, backend: str, segments: int, **options
+) -> tuple[Sizes, Path]:
     tensors = {"q": q, "k": k, "v": v, "beta": beta}
     sizes = check_call("delta_rule", LAYOUT, tensors, mode=mode, backend=backend, **options)
-    return sizes, choose("delta_rule", sizes, q, mode, backend)
+    return sizes, choose("delta_rule", sizes, q, mode, backend, segments=segments)
 
 
 # -- the operator, forward ---------------------------------------------------------------------------------------------
@@ -88,6 +104,7 @@ def _forward(
     backend: str,
     mode: str,
     chunk_size: int,
+    segments: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     # the last six outputs are what a call by chunks keeps for its backward; no caller sees them
     check_cu_seqlens_values("delta_rule", cu_seqlens, q.shape[1])
@@ -97,7 +114,9 @@ def _forward(
         from .recurrent import delta_recurrent
 
         if mode == "chunk":
-            o, state, kept = call(q, k, v, beta, chunk_size=chunk_size, **options).forward()
+            o, state, kept = call(
+                q, k, v, beta, chunk_size=chunk_size, segments=segments, **options
+            ).forward()
             return o, state, *padded(kept, q)
         out = delta_recurrent(q, k, v, beta, **options)
         return out.o, out.state, *padded((), q)
@@ -115,13 +134,12 @@ def _forward(
 
 
 @_forward.register_fake
-def _(q, k, v, beta, initial_state, cu_seqlens, scale, backend, mode, chunk_size):
+def _(q, k, v, beta, initial_state, cu_seqlens, scale, backend, mode, chunk_size, segments):
     shape, dtype = state_like(q, v, cu_seqlens)
     state = q.new_empty(shape, dtype=dtype)
     kept = ()
     if mode == "chunk" and backend == "triton":
-        X = q.new_empty((2, *beta.shape, chunk_size))
-        kept = (X, q.new_empty(X.shape[1:] if q.dtype == torch.float32 else 0))
+        kept = prepared_like(q, v, cu_seqlens, chunk_size, segments, decay=False)
     elif mode == "chunk" and cu_seqlens is None:
         kept = kept_like(q, v, chunk_size)
     return v.new_empty(v.shape), state, *padded(kept, q)
@@ -144,6 +162,7 @@ def _backward(
     backend: str,
     mode: str,
     chunk_size: int,
+    segments: int,
     kept1: Tensor | None,
     kept2: Tensor | None,
     kept3: Tensor | None,
@@ -154,11 +173,11 @@ def _backward(
     tensors = (do, q, k, v, beta)
     options = {"scale": scale, "initial_state": initial_state, "cu_seqlens": cu_seqlens}
     if backend == "triton" and mode == "chunk":
-        from ..chunkwise.tied import Prepared
         from .chunk import call
 
-        kept = None if kept1 is None else Prepared(kept1, kept2)
-        this = call(*tensors[1:], chunk_size=chunk_size, **options)
+        six = (kept1, kept2, kept3, kept4, kept5, kept6)
+        kept = None if kept1 is None else six if segments > 1 else six[:4]
+        this = call(*tensors[1:], chunk_size=chunk_size, segments=segments, **options)
         *grads, _, dstate0 = this.backward(do, dstate, kept)
         return *grads, q.new_empty(0) if dstate0 is None else dstate0
     if dstate is None:
@@ -191,7 +210,7 @@ def _(do, dstate, q, k, v, beta, initial_state, *rest):
 
 
 def _save(ctx, inputs, output):
-    *tensors, ctx.scale, ctx.backend, ctx.mode, ctx.chunk_size = inputs
+    *tensors, ctx.scale, ctx.backend, ctx.mode, ctx.chunk_size, ctx.segments = inputs
     ctx.mark_non_differentiable(*output[2:])
     ctx.set_materialize_grads(False)  # no memory for the gradient of a state that nobody used
     ctx.save_for_backward(*tensors, *(x if x.numel() else None for x in output[2:]))
@@ -200,9 +219,9 @@ def _save(ctx, inputs, output):
 def _gradients(ctx, do, dstate, *_):
     tensors, kept = ctx.saved_tensors[:6], ctx.saved_tensors[6:]
     do = torch.zeros_like(tensors[2]) if do is None else do
-    options = (ctx.scale, ctx.backend, ctx.mode, ctx.chunk_size, *kept)
+    options = (ctx.scale, ctx.backend, ctx.mode, ctx.chunk_size, ctx.segments, *kept)
     *grads, dstate0 = torch.ops.gdr_teach.delta_rule_backward(do, dstate, *tensors, *options)
-    return (*grads, None if tensors[4] is None else dstate0, *(None,) * 5)
+    return (*grads, None if tensors[4] is None else dstate0, *(None,) * 6)
 
 
 def _no_second_gradient(ctx, *grads):

@@ -10,7 +10,7 @@ from ..arguments import (
     check_log_decay_values,
     check_min_log_decay,
 )
-from ..chunkwise.kept import kept_like, padded
+from ..chunkwise.kept import kept_like, padded, prepared_like
 from ..notation import Output, Path, Sizes, state_like
 from ..paths import choose
 
@@ -35,6 +35,7 @@ def gated_delta_rule(
     cu_seqlens: Int[Tensor, " N+1"] | None = None,
     mode: str = "auto",
     backend: str = "auto",
+    segments: int = 1,
     min_log_decay: float | None = None,
 ) -> Output:
     """The delta rule with decay: forget, erase what the key recalls, write the new value, read with the query.
@@ -57,6 +58,9 @@ def gated_delta_rule(
             kernels lose no digit; else chunk).
         backend: "torch", "triton" (CPU tensors: interpreted; CUDA tensors: compiled) or "auto" (triton on CUDA where it
             is installed, else torch).
+        segments: into how many pieces a sequence may be cut, to be walked side by side: for few heads and long
+            sequences on a GPU; it means something for chunks in triton only. A sequence is cut by its own length, in
+            pieces of at least four chunks, so packing changes no bit. More than 1 may change rounding. Default 1.
         min_log_decay: a Python number <= 0 that log_decay is promised never to fall below; it may make the call faster
             and changes no more than rounding: the gradient of log_decay, else right to its own digits, is then right to
             those of q * dq. Default: no promise.
@@ -71,11 +75,12 @@ def gated_delta_rule(
     Source: Yang et al. 2024, "Gated Delta Networks"; Kimi Team 2025, "Kimi Linear".
     """
     options = {"scale": scale, "initial_state": initial_state, "cu_seqlens": cu_seqlens}
-    options |= {"mode": mode, "backend": backend, "min_log_decay": min_log_decay}
+    options |= {"mode": mode, "backend": backend, "segments": segments}
+    options |= {"min_log_decay": min_log_decay}
     sizes, way = _plan(q, k, v, beta, log_decay, **options)
     factor = float(sizes.K**-0.5 if scale is None else scale)
     bound = None if min_log_decay is None else float(min_log_decay)
-    chosen = (bound, way.backend, way.mode, way.chunk_size)
+    chosen = (bound, *way[:4])
     o, state, *_ = torch.ops.gdr_teach.gated_delta_rule(
         q, k, v, beta, log_decay, initial_state, cu_seqlens, factor, *chosen
     )
@@ -94,20 +99,22 @@ def path(
     cu_seqlens=None,
     mode="auto",
     backend="auto",
+    segments=1,
     min_log_decay=None,
 ) -> Path:
     """The way `gated_delta_rule` would take with these arguments (see `gdr_teach.explain`)."""
     options = {"scale": scale, "initial_state": initial_state, "cu_seqlens": cu_seqlens}
-    options |= {"mode": mode, "backend": backend, "min_log_decay": min_log_decay}
+    options |= {"mode": mode, "backend": backend, "segments": segments}
+    options |= {"min_log_decay": min_log_decay}
     return _plan(q, k, v, beta, log_decay, **options)[1]
 
 
-def _plan(q, k, v, beta, log_decay, *, mode, backend, min_log_decay, **options):
+def _plan(q, k, v, beta, log_decay, *, mode, backend, segments, min_log_decay, **options):
     op = "gated_delta_rule"
     tensors = {"q": q, "k": k, "v": v, "beta": beta, "log_decay": log_decay}
     sizes: Sizes = check_call(op, LAYOUT, tensors, mode=mode, backend=backend, **options)
     check_min_log_decay(op, min_log_decay)
-    return sizes, choose(op, sizes, q, mode, backend, decay=True)
+    return sizes, choose(op, sizes, q, mode, backend, segments=segments, decay=True)
 
 
 # -- the operator, forward ---------------------------------------------------------------------------------------------
@@ -127,6 +134,7 @@ def _forward(
     backend: str,
     mode: str,
     chunk_size: int,
+    segments: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     # the last six outputs are what a call by chunks keeps for its backward; no caller sees them
     check_cu_seqlens_values("gated_delta_rule", cu_seqlens, q.shape[1])
@@ -136,7 +144,8 @@ def _forward(
     if backend == "triton" and mode == "chunk":
         from .chunk import call
 
-        options |= {"chunk_size": chunk_size, "min_log_decay": min_log_decay}
+        options |= {"chunk_size": chunk_size, "segments": segments}
+        options |= {"min_log_decay": min_log_decay}
         o, state, kept = call(*operands, **options).forward()
         return o, state, *padded(kept, q)
     if backend == "triton":
@@ -171,15 +180,13 @@ def _(
     backend,
     mode,
     chunk_size,
+    segments,
 ):
     (N, H, K, V), dtype = state_like(q, v, cu_seqlens)
     o, state, C = v.new_empty(v.shape), q.new_empty((N, H, K, V), dtype=dtype), chunk_size
     kept = ()
     if mode == "chunk" and backend == "triton":
-        X = q.new_empty((2, *beta.shape, C))
-        slots = N * -(-q.shape[1] // C) if cu_seqlens is None else q.shape[1] // C + N
-        operands, fade = q.new_empty((3, *q.shape)), state.new_empty((slots, H, 2, K))
-        kept = (X, q.new_empty(X.shape[1:]), operands, fade)
+        kept = prepared_like(q, v, cu_seqlens, chunk_size, segments, decay=True)
     elif mode == "chunk" and cu_seqlens is None:
         kept = kept_like(q, v, C)
     return o, state, *padded(kept, q)
@@ -204,6 +211,7 @@ def _backward(
     backend: str,
     mode: str,
     chunk_size: int,
+    segments: int,
     kept1: Tensor | None,
     kept2: Tensor | None,
     kept3: Tensor | None,
@@ -214,11 +222,12 @@ def _backward(
     operands = (q, k, v, beta, log_decay)
     options = {"scale": scale, "initial_state": initial_state, "cu_seqlens": cu_seqlens}
     if backend == "triton" and mode == "chunk":
-        from ..chunkwise.tied import Prepared
         from .chunk import call
 
-        options |= {"chunk_size": chunk_size, "min_log_decay": min_log_decay}
-        kept = None if kept1 is None else Prepared(kept1, kept2, kept3, kept4)
+        options |= {"chunk_size": chunk_size, "segments": segments}
+        options |= {"min_log_decay": min_log_decay}
+        six = (kept1, kept2, kept3, kept4, kept5, kept6)
+        kept = None if kept1 is None else six if segments > 1 else six[:4]
         *grads, dstate0 = call(*operands, **options).backward(do, dstate, kept)
         return *grads, q.new_empty(0) if dstate0 is None else dstate0
     if dstate is None:
@@ -251,7 +260,7 @@ def _(do, dstate, q, k, v, beta, log_decay, initial_state, *rest):
 
 
 def _save(ctx, inputs, output):
-    *tensors, ctx.scale, ctx.bound, ctx.backend, ctx.mode, ctx.chunk_size = inputs
+    *tensors, ctx.scale, ctx.bound, ctx.backend, ctx.mode, ctx.chunk_size, ctx.segments = inputs
     ctx.mark_non_differentiable(*output[2:])
     ctx.set_materialize_grads(False)  # no memory for the gradient of a state that nobody used
     ctx.save_for_backward(*tensors, *(x if x.numel() else None for x in output[2:]))
@@ -260,9 +269,9 @@ def _save(ctx, inputs, output):
 def _gradients(ctx, do, dstate, *_):
     tensors, kept = ctx.saved_tensors[:7], ctx.saved_tensors[7:]
     do = torch.zeros_like(tensors[2]) if do is None else do
-    options = (ctx.scale, ctx.bound, ctx.backend, ctx.mode, ctx.chunk_size, *kept)
+    options = (ctx.scale, ctx.bound, ctx.backend, ctx.mode, ctx.chunk_size, ctx.segments, *kept)
     *grads, dstate0 = torch.ops.gdr_teach.gated_delta_rule_backward(do, dstate, *tensors, *options)
-    return (*grads, None if tensors[5] is None else dstate0, *(None,) * 6)
+    return (*grads, None if tensors[5] is None else dstate0, *(None,) * 7)
 
 
 def _no_second_gradient(ctx, *grads):

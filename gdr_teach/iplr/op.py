@@ -5,7 +5,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, library
 
 from ..arguments import check_call, check_cu_seqlens_values
-from ..chunkwise.kept import affine_kept_like, padded, padded_to_eight
+from ..chunkwise.kept import affine_kept_like, padded, padded_to_eight, untied_prepared_like
 from ..notation import Output, Path, Sizes, state_like
 from ..paths import choose
 
@@ -30,6 +30,7 @@ def iplr_delta_rule(
     cu_seqlens: Int[Tensor, " N+1"] | None = None,
     mode: str = "auto",
     backend: str = "auto",
+    segments: int = 1,
 ) -> Output:
     """Identity plus low rank: carry what a reads over to b, write the new value, read with the query.
 
@@ -52,6 +53,9 @@ def iplr_delta_rule(
             kernels lose no digit; else chunk).
         backend: "torch", "triton" (CPU tensors: interpreted; CUDA tensors: compiled) or "auto" (triton on CUDA where it
             is installed, else torch).
+        segments: into how many pieces a sequence may be cut, to be walked side by side: for few heads and long
+            sequences on a GPU; it means something for chunks in triton only. A sequence is cut by its own length, in
+            pieces of at least four chunks, so packing changes no bit. More than 1 may change rounding. Default 1.
 
     q, k, v, a, b share one dtype: float16, bfloat16, float32 or float64. Any strides. Autocast casts nothing here.
 
@@ -63,11 +67,10 @@ def iplr_delta_rule(
         generalized rules.
     """
     options = {"scale": scale, "initial_state": initial_state, "cu_seqlens": cu_seqlens}
-    sizes, way = _plan(q, k, v, a, b, mode=mode, backend=backend, **options)
+    sizes, way = _plan(q, k, v, a, b, mode=mode, backend=backend, segments=segments, **options)
     factor = float(sizes.K**-0.5 if scale is None else scale)
-    chosen = (way.backend, way.mode, way.chunk_size)
     o, state, *_ = torch.ops.gdr_teach.iplr_delta_rule(
-        q, k, v, a, b, initial_state, cu_seqlens, factor, *chosen
+        q, k, v, a, b, initial_state, cu_seqlens, factor, *way[:4]
     )
     return Output(o, state)
 
@@ -84,16 +87,19 @@ def path(
     cu_seqlens=None,
     mode="auto",
     backend="auto",
+    segments=1,
 ) -> Path:
     """The way `iplr_delta_rule` would take with these arguments (see `gdr_teach.explain`)."""
     options = {"scale": scale, "initial_state": initial_state, "cu_seqlens": cu_seqlens}
-    return _plan(q, k, v, a, b, mode=mode, backend=backend, **options)[1]
+    return _plan(q, k, v, a, b, mode=mode, backend=backend, segments=segments, **options)[1]
 
 
-def _plan(q, k, v, a, b, *, mode: str, backend: str, **options) -> tuple[Sizes, Path]:
+def _plan(
+    q, k, v, a, b, *, mode: str, backend: str, segments: int, **options
+) -> tuple[Sizes, Path]:
     tensors = {"q": q, "k": k, "v": v, "a": a, "b": b}
     sizes = check_call("iplr_delta_rule", LAYOUT, tensors, mode=mode, backend=backend, **options)
-    return sizes, choose("iplr_delta_rule", sizes, q, mode, backend, untied=True)
+    return sizes, choose("iplr_delta_rule", sizes, q, mode, backend, segments=segments, untied=True)
 
 
 # -- the operator, forward ---------------------------------------------------------------------------------------------
@@ -112,6 +118,7 @@ def _forward(
     backend: str,
     mode: str,
     chunk_size: int,
+    segments: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     # the last eight outputs are what a call by chunks keeps for its backward; no caller sees them
     check_cu_seqlens_values("iplr_delta_rule", cu_seqlens, q.shape[1])
@@ -120,7 +127,9 @@ def _forward(
     if backend == "triton" and mode == "chunk":
         from .chunk import call
 
-        o, state, kept = call(*operands, chunk_size=chunk_size, **options).forward()
+        o, state, kept = call(
+            *operands, chunk_size=chunk_size, segments=segments, **options
+        ).forward()
         return o, state, *padded_to_eight(kept, q)
     if backend == "triton":
         from .recurrent import iplr_recurrent
@@ -154,14 +163,13 @@ def _(
     backend,
     mode,
     chunk_size,
+    segments,
 ):
     (N, H, K, V), dtype = state_like(q, v, cu_seqlens)
     o, state, C = v.new_empty(v.shape), q.new_empty((N, H, K, V), dtype=dtype), chunk_size
     kept = ()
     if mode == "chunk" and backend == "triton":
-        X, scores = (q.new_empty((n, *q.shape[:3], C)) for n in (2, 3))
-        U, O = (q.new_empty((*q.shape[:3], K + V)) for _ in range(2))
-        kept = (X, scores, None, None, U, O)
+        kept = untied_prepared_like(q, v, cu_seqlens, chunk_size, segments, decay=False)
     elif mode == "chunk" and cu_seqlens is None:
         kept = affine_kept_like(q, v, C)
     return o, state, *padded_to_eight(kept, q)
@@ -185,6 +193,7 @@ def _backward(
     backend: str,
     mode: str,
     chunk_size: int,
+    segments: int,
     kept1: Tensor | None,
     kept2: Tensor | None,
     kept3: Tensor | None,
@@ -198,11 +207,11 @@ def _backward(
     options = {"scale": scale, "initial_state": initial_state, "cu_seqlens": cu_seqlens}
     six = (kept1, kept2, kept3, kept4, kept5, kept6)
     if backend == "triton" and mode == "chunk":
-        from ..chunkwise.untied import Prepared
         from .chunk import call
 
-        kept = None if kept1 is None else Prepared(*padded(six, q))
-        this = call(*operands, chunk_size=chunk_size, **options)
+        maps = (kept7, kept8) if segments > 1 else ()
+        kept = None if kept1 is None else (*padded(six, q), *maps)
+        this = call(*operands, chunk_size=chunk_size, segments=segments, **options)
         *grads, _, dstate0 = this.backward(do, dstate, kept)
         return *grads, q.new_empty(0) if dstate0 is None else dstate0
     if dstate is None:
@@ -236,7 +245,7 @@ def _(do, dstate, q, k, v, a, b, initial_state, *rest):
 
 
 def _save(ctx, inputs, output):
-    *tensors, ctx.scale, ctx.backend, ctx.mode, ctx.chunk_size = inputs
+    *tensors, ctx.scale, ctx.backend, ctx.mode, ctx.chunk_size, ctx.segments = inputs
     ctx.mark_non_differentiable(*output[2:])
     ctx.set_materialize_grads(False)  # no memory for the gradient of a state that nobody used
     ctx.save_for_backward(*tensors, *(x if x.numel() else None for x in output[2:]))
@@ -245,9 +254,9 @@ def _save(ctx, inputs, output):
 def _gradients(ctx, do, dstate, *_):
     tensors, kept = ctx.saved_tensors[:7], ctx.saved_tensors[7:]
     do = torch.zeros_like(tensors[2]) if do is None else do
-    options = (ctx.scale, ctx.backend, ctx.mode, ctx.chunk_size, *kept)
+    options = (ctx.scale, ctx.backend, ctx.mode, ctx.chunk_size, ctx.segments, *kept)
     *grads, dstate0 = torch.ops.gdr_teach.iplr_delta_rule_backward(do, dstate, *tensors, *options)
-    return (*grads, None if tensors[5] is None else dstate0, *(None,) * 5)
+    return (*grads, None if tensors[5] is None else dstate0, *(None,) * 6)
 
 
 def _no_second_gradient(ctx, *grads):
