@@ -538,6 +538,26 @@ def test_large_random_calls_of_the_chunk_kernels(rule, drawn):
     hold_normwise(case, drawn, in_float64(case))
 
 
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize(("keys", "beta"), [("identical", 2.0), ("cos0.9", 1.0)])
+@pytest.mark.parametrize(("backend", "T"), [("torch", 4096), ("triton", 256)])
+def test_long_sequences_lose_no_more_than_the_token_loop(rule, keys, beta, backend, T):
+    # at beta = 2 and identical keys no error fades: there the float32 token loop is the measure as well
+    case, loop = CASES[f"{rule}-{backend}-chunk"], CASES[f"{rule}-torch-recurrent"]
+    decay = (
+        {"log_decay": 0.0 if keys == "identical" else "mixed"} if case.rule.data != ({},) else {}
+    )
+    x = case.inputs(1, T, 1, 8, 4, dtype=torch.float32, keys=keys, beta=beta, **decay)
+    exact = type(x)(*(y.double() for y in x))
+    do, dstate = cotangents(exact)
+    calls = ((case, x), (loop, x), (loop, exact))
+    got, plain, want = ((*c.call(*y), *c.gradients(y, do, dstate)) for c, y in calls)
+    for name, g, p, w in zip(("o", "state", *x._fields), got, plain, want, strict=True):
+        lost = ((p.double() - w).norm() / w.norm().clamp(min=SMALLEST)).item()
+        kept = (y.reshape(-1).where(y.reshape(-1).abs() >= SMALLEST, 0) for y in (g, w))
+        assert_rows_close(*kept, rtol=max(1e-5, 3 * lost), norm="tensor", name=name)
+
+
 @pytest.mark.parametrize("case", [CASES[name] for name in CASES if name.endswith("chunk")])
 def test_chunks_compute_the_same_again_without_what_was_kept(case):
     x = case.inputs(1, 20, 2, 4, 3, dtype=torch.float32)

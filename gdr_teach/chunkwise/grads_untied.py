@@ -65,6 +65,7 @@ def values_untied_kernel(
     DOT: tl.constexpr,
     PREC: tl.constexpr,
     ACC: tl.constexpr,
+    EXACT: tl.constexpr,
 ):
     """(6.36) for BV of the V columns. Grid: chunk slots * H * NV, tiles of V fastest, then heads."""
     i_v, i_sh = tl.program_id(0) % NV, tl.program_id(0) // NV
@@ -100,7 +101,7 @@ def values_untied_kernel(
         b_dv = tl.dot(b_do, b_QK, b_dv, input_precision=PREC, out_dtype=ACC)
         b_Xh = tl.load(p_X + o_C, mask=m_C, other=0.0)
         b_Xl = tl.load(p_Xlow + o_C, mask=m_C, other=0.0)
-        b_dP = times_inverse(b_dU, b_Xh, b_Xl, DOT, PREC, ACC)  # [BV, C]
+        b_dP = times_inverse(b_dU, b_Xh, b_Xl, DOT, PREC, ACC, EXACT)  # [BV, C]
         tl.store(p_dP + o_tv, tl.trans(b_dP.to(p_dP.dtype.element_ty)), mask=m_tv)
         b_AK = tl.load(p_AK + o_C, mask=m_C, other=0.0).to(DOT)
         b_dv = add_product(b_dv, b_dP, b_AK, DOT, PREC, ACC)

@@ -188,6 +188,7 @@ def reads_untied_kernel(
     DOT: tl.constexpr,
     PREC: tl.constexpr,
     ACC: tl.constexpr,
+    EXACT: tl.constexpr,
 ):
     """(6.33) and (6.34) for BX columns of K or of V. Grid: chunk slots * H * NX, tiles fastest, NK of them of K."""
     i_x, i_sh = tl.program_id(0) % NX, tl.program_id(0) // NX
@@ -219,7 +220,7 @@ def reads_untied_kernel(
             b_Y = tl.dot(b_vt, b_QKt, input_precision=PREC, out_dtype=ACC)  # (QK V)^T
         b_Xh = tl.trans(tl.load(p_X + o_C, mask=m_C, other=0.0))
         b_Xl = tl.trans(tl.load(p_Xlow + o_C, mask=m_C, other=0.0))
-        b_U = times_inverse(b_Z, b_Xh, b_Xl, DOT, PREC, ACC)  # (6.33)
+        b_U = times_inverse(b_Z, b_Xh, b_Xl, DOT, PREC, ACC, EXACT)  # (6.33)
         b_QBt = tl.trans(tl.load(p_QB + o_C, mask=m_C, other=0.0).to(DOT))
         b_O = add_product(b_Y, b_U, b_QBt, DOT, PREC, ACC)  # (6.34)
         o_tx = row * (K + V) + o_t[:, None] * (K + V) + o_c[None, :]

@@ -50,6 +50,7 @@ def scan_tied_kernel(
     DOT: tl.constexpr,
     PREC: tl.constexpr,
     ACC: tl.constexpr,
+    EXACT: tl.constexpr,
 ):
     """(6.13), (6.14), chunk after chunk. Grid: N * H * NV, tiles of V fastest."""
     i_v, i_nh = tl.program_id(0) % NV, tl.program_id(0) // NV
@@ -88,7 +89,7 @@ def scan_tied_kernel(
         b_P = tl.dot(b_Sd, tl.trans(b_k), input_precision=PREC, out_dtype=ACC)  # [BV, C]
         # the difference before the rounding: where the memory is right it is small, and its digits count
         b_P = tl.trans(b_v).to(ACC) - b_P
-        b_R = times_inverse(b_P, tl.trans(b_Xh), tl.trans(b_Xl), DOT, PREC, ACC)  # [BV, C]
+        b_R = times_inverse(b_P, tl.trans(b_Xh), tl.trans(b_Xl), DOT, PREC, ACC, EXACT)  # [BV, C]
         if p_R is not None:
             tl.store(p_R + row * V + o_tv, tl.trans(b_R.to(p_R.dtype.element_ty)), mask=m_tv)
         b_U = b_R * b_beta[None, :]  # [BV, C]
@@ -140,6 +141,7 @@ def reverse_scan_tied_kernel(
     DOT: tl.constexpr,
     PREC: tl.constexpr,
     ACC: tl.constexpr,
+    EXACT: tl.constexpr,
 ):
     """(6.14) reversed, last chunk first. Grid: N * H * NV, tiles of V fastest."""
     i_v, i_nh = tl.program_id(0) % NV, tl.program_id(0) // NV
@@ -187,7 +189,7 @@ def reverse_scan_tied_kernel(
             b_D *= tl.load(p_fade + place * 2 * K + K + i_k, mask=m_k, other=0.0)[None, :]
         b_dU = scale * tl.dot(tl.trans(b_do), b_A, input_precision=PREC, out_dtype=ACC)  # [BV, C]
         b_dU = tl.dot(b_Dd, tl.trans(b_kw), b_dU, input_precision=PREC, out_dtype=ACC)
-        b_dP = times_inverse(b_dU * b_beta[None, :], b_Xh, b_Xl, DOT, PREC, ACC)  # [BV, C]
+        b_dP = times_inverse(b_dU * b_beta[None, :], b_Xh, b_Xl, DOT, PREC, ACC, EXACT)  # [BV, C]
         tl.store(p_dP + row * V + o_tv, tl.trans(b_dP.to(p_dP.dtype.element_ty)), mask=m_tv)
         b_D += scale * tl.dot(tl.trans(b_do), b_q, input_precision=PREC, out_dtype=ACC)
         b_D = add_product(b_D, -b_dP, b_k, DOT, PREC, ACC)

@@ -118,7 +118,8 @@ class TiedCall:
         NV = cdiv(self.V, tile.BV)
         sizes = (self.scale, self.T, self.H, self.K, self.V, tile.BK, tile.BV, NV, self.C)
         options = {"num_warps": tile.warps, "num_stages": tile.stages}
-        return (self.N * self.H * NV,), (*sizes, self.DOT, self.PREC, self.ACC), options
+        kinds = (self.DOT, self.PREC, self.ACC, self.EXACT)
+        return (self.N * self.H * NV,), (*sizes, *kinds), options
 
     def _operands(self, x: Prepared) -> tuple:
         # Q~, K~, K^ and A, fade as the walks take them

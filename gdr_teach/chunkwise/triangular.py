@@ -51,12 +51,24 @@ def refined_inverse(
 
 
 @kernel
-def times_inverse(b_P, b_Xh, b_Xl, DOT: tl.constexpr, PREC: tl.constexpr, ACC: tl.constexpr):
+def times_inverse(
+    b_P,
+    b_Xh,
+    b_Xl,
+    DOT: tl.constexpr,
+    PREC: tl.constexpr,
+    ACC: tl.constexpr,
+    EXACT: tl.constexpr,
+):
     """P (X_high + X_low) for P [V, C] in ACC and X [C, C] in DOT; bfloat16's 8 digits are too few for P as well.
 
     Rounding X once is not enough: with identical keys it is a Toeplitz matrix, the same in every chunk, so its errors
-    neither average nor change sign, and at beta = 2 the state grows by them (docs/log.md).
+    neither average nor change sign, and at beta = 2 the state grows by them (docs/log.md). For the same reason the sums
+    are EXACT, float64, where DOT is float32.
     """
+    if EXACT == tl.float64:
+        b_X = b_Xh.to(EXACT) + b_Xl.to(EXACT)
+        return tl.dot(b_P.to(EXACT), b_X, out_dtype=EXACT).to(ACC)
     b_high = b_P.to(DOT)
     b_Y = tl.dot(b_high, b_Xh, input_precision=PREC, out_dtype=ACC)
     b_Y = tl.dot(b_high, b_Xl, b_Y, input_precision=PREC, out_dtype=ACC)

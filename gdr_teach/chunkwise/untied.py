@@ -116,7 +116,7 @@ class UntiedCall:
             Q, A, _, _ = self._operands(x)
             arrays = (Q, A, self.v, *X.unbind(0), *scores.unbind(0), self.cu, U, O)
             sizes = (T, H, self.N, self.K, self.V, tile.BV, NK, NK + NV, self.C)
-            kinds = (self.DOT, self.PREC, self.ACC)
+            kinds = (self.DOT, self.PREC, self.ACC, self.EXACT)
             options = {"num_warps": tile.warps, "num_stages": tile.stages}
             grid = (self.slots * H * (NK + NV),)
             reads_untied_kernel[grid](*arrays, *sizes, *kinds, **options)
@@ -160,7 +160,7 @@ class UntiedCall:
             _, _, B, K = self._operands(x)
             arrays = (B, K, *x.X.unbind(0), *x.scores.unbind(0), self.cu, do, ends, dP, dv)
             sizes = (self.scale, self.T, self.H, self.N, self.K, self.V)
-            kinds = (tile.BK, tile.BV, NV, self.C, self.DOT, self.PREC, self.ACC)
+            kinds = (tile.BK, tile.BV, NV, self.C, self.DOT, self.PREC, self.ACC, self.EXACT)
             options = {"num_warps": tile.warps, "num_stages": tile.stages}
             values_untied_kernel[grid](*arrays, *sizes, *kinds, **options)
 

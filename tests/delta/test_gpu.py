@@ -197,3 +197,11 @@ def test_torch_compile_in_one_graph():
         torch.compile(loss, fullgraph=True, backend="aot_eager")(*leaves), leaves
     )
     assert all(torch.equal(g, w) for g, w in zip(got, want, strict=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_segments_stay_near_the_token_loop(dtype):
+    x = delta_inputs(2, 700, 2, 64, 64, dtype=dtype)
+    way = {"backend": "triton", "mode": "chunk", "segments": 4}
+    assert explain(delta_rule, *on_gpu(x)[:-1], **way).segments > 1
+    assert_near_token_loop(delta_rule, x, keys="unit", beta=None, device="cuda", **way)

@@ -179,3 +179,11 @@ def test_a_step_in_place_can_be_captured_in_a_graph(step):
     torch.cuda.synchronize()
     assert torch.equal(got.o, want.o)
     assert torch.equal(state, want.state)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_segments_stay_near_the_token_loop(dtype):
+    x = gated_inputs(2, 700, 2, 64, 64, dtype=dtype)
+    way = {"backend": "triton", "mode": "chunk", "segments": 4}
+    assert explain(gated_delta_rule, *on_gpu(x)[:-1], **way).segments > 1
+    assert_near_token_loop(gated_delta_rule, x, keys="unit", beta=None, device="cuda", **way)

@@ -154,3 +154,11 @@ def test_steps_are_one_call(dtype):
     o, eps = torch.stack(rows, 1), torch.finfo(dtype).eps
     assert_rows_close(o.cpu(), want.o.cpu().double(), rtol=max(1e-5, eps), name="o")
     assert_rows_close(state.cpu(), want.state.cpu().double(), rtol=1e-5, name="state")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_segments_stay_near_the_token_loop(dtype):
+    x = iplr_inputs(2, 700, 2, 64, 64, dtype=dtype)
+    way = {"backend": "triton", "mode": "chunk", "segments": 4}
+    assert explain(iplr_delta_rule, *on_gpu(x)[:-1], **way).segments > 1
+    assert_near_token_loop(iplr_delta_rule, x, keys="unit", beta=None, device="cuda", **way)
