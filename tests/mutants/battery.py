@@ -201,7 +201,7 @@ def half_kernel(
         b_z = chunkwise.triangular.add_product(b_x, b_x, b_y, DOT, "ieee", ACC)
     elif OF == "times_inverse":
         b_low = tl.load(p_low + i * C + j)
-        b_z = chunkwise.triangular.times_inverse(b_x, b_y, b_low, DOT, "ieee", ACC)
+        b_z = chunkwise.triangular.times_inverse(b_x, b_y, b_low, DOT, "ieee", ACC, ACC)
     elif OF == "gate_sums":
         b_z = chunkwise.decay.gate_sums(j <= i, b_x, DOT, "ieee", ACC)
     else:
@@ -232,8 +232,10 @@ def half_digits() -> None:
                 error = ((got - want).norm() / want.norm()).item()
                 assert error < 2**-15, f"{name} with {dtype} errs by {error:.1e}"
     keys = torch.nn.functional.normalize(torch.randn(64, 64, generator=draw) + 4.5, dim=-1)
-    # nearly the same keys: worth refining; keys of length 2: beyond the range of float16
-    for A in ((keys @ keys.T).tril(-1), 4 * torch.ones(64, 64).tril(-1)):
+    # nearly the same keys: worth refining; keys of length 2: beyond the range of float16, into inf; growth by 1.3 a
+    # token: into NaN among small numbers
+    ones = torch.ones(64, 64).tril(-1)
+    for A in ((keys @ keys.T).tril(-1), 4 * ones, -0.3 * ones):
         got, want = torch.empty(64, 64), torch.linalg.inv(torch.eye(64).double() + A.double())
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", RuntimeWarning)  # of numpy, about what the guard is for
