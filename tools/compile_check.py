@@ -8,6 +8,7 @@ version of triton, written in the table; under another one only the limits are c
 """
 
 import argparse
+import functools
 import itertools
 import json
 import sys
@@ -20,9 +21,11 @@ import triton
 from gdr_teach.aot import SHARED_LIMIT, SPILL_BUDGET, TARGETS, compile_launch
 from gdr_teach.delta import chunk as delta_chunk
 from gdr_teach.delta import recurrent as delta_recurrent
+from gdr_teach.dplr import chunk as dplr_chunk
 from gdr_teach.dplr import recurrent as dplr_recurrent
 from gdr_teach.gated import chunk as gated_chunk
 from gdr_teach.gated import recurrent as gated_recurrent
+from gdr_teach.iplr import chunk as iplr_chunk
 from gdr_teach.iplr import recurrent as iplr_recurrent
 from gdr_teach.runtime import recorded
 from gdr_teach.testing import delta_inputs, dplr_inputs, gated_inputs, iplr_inputs
@@ -45,7 +48,7 @@ def run(forward, backward, x) -> None:
 
 
 def run_chunks(call, x) -> None:
-    """The five launches of one forward and its backward by chunks."""
+    """The launches of one forward and its backward by chunks."""
     *tensors, S0 = x
     this = call(*tensors, initial_state=S0, cu_seqlens=None, scale=None)
     this.backward(torch.ones_like(x.v), torch.ones_like(S0), this.forward()[2])
@@ -68,9 +71,16 @@ def families(dtype: str, D: int):
         yield f"chunk per {per}", lambda per=per: run_chunks(gated_chunk.call, gated(per))
     free = iplr_recurrent.iplr_recurrent, iplr_recurrent.iplr_recurrent_backward
     yield "no decay", lambda: run(*free, iplr_inputs(*shape, **kind))
+    yield "chunk, no decay", lambda: run_chunks(iplr_chunk.call, iplr_inputs(*shape, **kind))
     decayed = dplr_recurrent.dplr_recurrent, dplr_recurrent.dplr_recurrent_backward
     for per in ("head", "channel"):
         yield f"per {per}", lambda per=per: run(*decayed, gated(per, dplr_inputs))
+        yield (
+            f"chunk per {per}",
+            lambda per=per: run_chunks(dplr_chunk.call, gated(per, dplr_inputs)),
+        )
+    cut = functools.partial(delta_chunk.call, segments=2)
+    yield "segments", lambda: run_chunks(cut, delta_inputs(*shape, **kind))
 
 
 def measure(case: tuple[str, int, str]) -> dict[str, list[int]]:
@@ -95,7 +105,7 @@ def over_budget(key: str, line: list[int]) -> bool:
     """Whether a chunk kernel spills more than its budget."""
     name, dtype, D, target = key.split(" | ")
     budget = WIDE_FLOAT32 if (dtype, D) == ("fp32", "256") else SPILL_BUDGET[target]
-    return "tied" in name and line[1] > budget
+    return ("tied" in name or name.startswith("combine")) and line[1] > budget
 
 
 def main() -> int:
