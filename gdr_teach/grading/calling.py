@@ -84,7 +84,7 @@ def _failed(error: BaseException) -> Outcome:
             outside = str(getattr(chain, "kind", "")).endswith("outside")
             return Outcome("outside" if outside else "fault", describe(chain).partition(": ")[2])
         if isinstance(chain, LibraryCalled):
-            return Outcome("library")
+            return Outcome("operator")
         chain = chain.__cause__ or chain.__context__
     return Outcome("raised", _where(error) + describe(error))
 

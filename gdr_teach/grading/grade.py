@@ -132,7 +132,7 @@ class NotebookRun:
             "task": task.id,
             "function": task.function,
             "kind": task.kind,
-            "library": task.library,
+            "library": task.may_call_operators,
             "template": defining(task.function, self.templates),
         }
         now = time.monotonic()
@@ -148,7 +148,7 @@ class NotebookRun:
                 return all_alike(task, checks, NOT_ATTEMPTED, say("reason.not_attempted"))
             if state == "library":
                 return all_alike(
-                    task, checks, FAILED, say("reason.library", function=task.function)
+                    task, checks, FAILED, say("reason.operator", function=task.function)
                 )
             drawn = [check.draw(generator(seed, task, check)) for check in checks]
             deadline = min(time.monotonic() + self.limits.task, my_share)

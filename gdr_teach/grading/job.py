@@ -19,7 +19,7 @@ from .language import say
 from .manifest import Task
 from .protocol import Ended, Frame, Garbled, receive, send
 
-FAILURES = "nothing not_a_tensor odd_tensor fault library raised not_a_function not_a_kernel outside too_large".split()
+FAILURES = "nothing not_a_tensor odd_tensor fault operator raised not_a_function not_a_kernel outside too_large".split()
 
 
 @dataclass(frozen=True)

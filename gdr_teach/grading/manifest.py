@@ -27,7 +27,7 @@ class Task:
     minutes: int
     points: int
     hints: Mapping[str, Sequence[str]]
-    library: bool = False  # may the answer call the library's own operator?
+    may_call_operators: bool = False  # the package's own, in an answer
 
 
 @dataclass(frozen=True)

@@ -96,7 +96,7 @@ def _report(root: Path, task: Task, function: Any) -> TaskReport:
     if state == "stub":
         return all_alike(task, checks, NOT_ATTEMPTED, say("reason.not_attempted"))
     if state == "library":
-        said = say("reason.library", function=task.function)
+        said = say("reason.operator", function=task.function)
         return all_alike(task, checks, FAILED, said)
     if task.kind == "kernel":  # a wrong kernel is a wrong memory access: not in this process
         cells = dict(enumerate(cells_of(function)))
@@ -126,7 +126,7 @@ def _state(task: Task, function: Any, templates: list[str]) -> str:
     expected = answer.find([template], task.function) if template else None
     if answer.untouched(definition, expected):
         return "stub"
-    if not task.library and answer.uses_library(trees, definition.name):
+    if not task.may_call_operators and answer.uses_library(trees, definition.name):
         return "library"
     return "written"
 

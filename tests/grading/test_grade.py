@@ -119,7 +119,7 @@ def test_calls_the_library(state, cell):
 
 
 def test_the_library_where_the_manifest_permits_it(grade, exercise_02):
-    tasks = tuple(dataclasses.replace(task, library=True) for task in exercise_02.tasks)
+    tasks = tuple(dataclasses.replace(task, may_call_operators=True) for task in exercise_02.tasks)
     cell = (
         "from gdr_teach.memory import read as recall\n"
         "from gdr_teach import delta_rule\n"
