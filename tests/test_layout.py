@@ -165,8 +165,8 @@ ROOMS = {
     },
     "iplr.transpose": {"chunkwise.affine", "dplr.transpose"},
     "iplr.recurrent": {"notation", "dplr.recurrent"},
-    "dplr.chunk": {"notation", "chunkwise.untied", "chunkwise.segments"},
-    "iplr.chunk": {"notation", "chunkwise.untied", "chunkwise.segments"},
+    "dplr.chunk": {"notation", "chunkwise.untied", "chunkwise.segments", "dplr.recurrent"},
+    "iplr.chunk": {"notation", "dplr.chunk"},
     "dplr.op": {
         "notation",
         "arguments",

@@ -9,6 +9,7 @@ from torch import Tensor
 from ..chunkwise.segments import call_in_segments
 from ..chunkwise.untied import UntiedCall
 from ..notation import Output
+from .recurrent import dense
 
 
 def dplr_chunk(
@@ -70,9 +71,7 @@ def dplr_chunk_backward(
 
 
 def call(q, k, v, a, b, log_decay, *, initial_state, cu_seqlens, segments=1, **options):
-    """The launches of one call."""
-    q, k, v, a, b, g = (x.contiguous() for x in (q, k, v, a, b, log_decay))
-    S0 = None if initial_state is None else initial_state.contiguous()
-    cu = None if cu_seqlens is None else cu_seqlens.to(q.device, non_blocking=True).contiguous()
+    """The launches of one call; log_decay None: of the IPLR rule."""
+    *operands, S0, cu = dense(q, k, v, a, b, log_decay, initial_state, cu_seqlens)
     options |= {"initial_state": S0, "cu_seqlens": cu, "segments": segments}
-    return call_in_segments(UntiedCall, (q, k, v, a, b, g), **options)
+    return call_in_segments(UntiedCall, tuple(operands), **options)

@@ -193,13 +193,13 @@ def _(
     chunk_size,
     segments,
 ):
-    (N, H, K, V), dtype = state_like(q, v, cu_seqlens)
-    o, state, C = v.new_empty(v.shape), q.new_empty((N, H, K, V), dtype=dtype), chunk_size
+    shape, dtype = state_like(q, v, cu_seqlens)
+    o, state = v.new_empty(v.shape), q.new_empty(shape, dtype=dtype)
     kept = ()
     if mode == "chunk" and backend == "triton":
         kept = untied_prepared_like(q, v, cu_seqlens, chunk_size, segments, decay=True)
     elif mode == "chunk" and cu_seqlens is None:
-        kept = affine_kept_like(q, v, C)
+        kept = affine_kept_like(q, v, chunk_size)
     return o, state, *padded_to_eight(kept, q)
 
 

@@ -209,7 +209,7 @@ def dplr_recurrent(
     contiguous; it may be the initial state, which is then updated in place.
     Returns: Output(o [B, T, H, V] in v's dtype, state [N, H, K, V]).
     """
-    operands = _dense(q, k, v, a, b, log_decay, initial_state, cu_seqlens)
+    operands = dense(q, k, v, a, b, log_decay, initial_state, cu_seqlens)
     o = new_empty(v.shape, dtype=v.dtype, device=v.device)
     N = q.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
     state = out_state
@@ -242,7 +242,7 @@ def dplr_recurrent_backward(
     Returns: dq, dk, dv, da, db and, with a decay, dlog_decay, in their inputs' shapes and dtypes, and last dstate0
     [N, H, K, V].
     """
-    operands = _dense(q, k, v, a, b, log_decay, initial_state, cu_seqlens)
+    operands = dense(q, k, v, a, b, log_decay, initial_state, cu_seqlens)
     *tokens, _, cu = operands
     (B, T, H, K), V, N, acc = k.shape, v.shape[-1], dstate.shape[0], dstate.dtype
     BK, BV, NV = tile(K, V)
@@ -270,8 +270,8 @@ def dplr_recurrent_backward(
     return dq, dk, dv, da, db, dg.to(log_decay.dtype), dstate0
 
 
-def _dense(*tensors: Tensor | None) -> list[Tensor | None]:
-    # the operands as the kernels want them: contiguous, and the last one, cu_seqlens, beside q
+def dense(*tensors: Tensor | None) -> list[Tensor | None]:
+    """The operands as the kernels want them: contiguous, and the last one, cu_seqlens, beside q."""
     *operands, cu = (None if x is None else x.contiguous() for x in tensors)
     device = tensors[0].device if tensors[0] is not None else None
     return [*operands, None if cu is None else cu.to(device, non_blocking=True)]

@@ -182,13 +182,13 @@ def _(
     chunk_size,
     segments,
 ):
-    (N, H, K, V), dtype = state_like(q, v, cu_seqlens)
-    o, state, C = v.new_empty(v.shape), q.new_empty((N, H, K, V), dtype=dtype), chunk_size
+    shape, dtype = state_like(q, v, cu_seqlens)
+    o, state = v.new_empty(v.shape), q.new_empty(shape, dtype=dtype)
     kept = ()
     if mode == "chunk" and backend == "triton":
         kept = prepared_like(q, v, cu_seqlens, chunk_size, segments, decay=True)
     elif mode == "chunk" and cu_seqlens is None:
-        kept = kept_like(q, v, C)
+        kept = kept_like(q, v, chunk_size)
     return o, state, *padded(kept, q)
 
 

@@ -6,8 +6,7 @@ are compiled without one.
 
 from torch import Tensor
 
-from ..chunkwise.segments import call_in_segments
-from ..chunkwise.untied import UntiedCall
+from ..dplr.chunk import call as dplr_call
 from ..notation import Output
 
 
@@ -66,10 +65,6 @@ def iplr_chunk_backward(
     return *grads, dstate0
 
 
-def call(q, k, v, a, b, *, initial_state, cu_seqlens, segments=1, **options):
+def call(q, k, v, a, b, **options):
     """The launches of one call."""
-    q, k, v, a, b = (x.contiguous() for x in (q, k, v, a, b))
-    S0 = None if initial_state is None else initial_state.contiguous()
-    cu = None if cu_seqlens is None else cu_seqlens.to(q.device, non_blocking=True).contiguous()
-    options |= {"initial_state": S0, "cu_seqlens": cu, "segments": segments}
-    return call_in_segments(UntiedCall, (q, k, v, a, b, None), **options)
+    return dplr_call(q, k, v, a, b, None, **options)
